@@ -1,0 +1,105 @@
+# The README's two commands are `make demo` and `make test`; `make check` is what must pass before a merge.
+# Each target installs what it needs, and no more, into .venv; stamp files there keep the next call from doing it again.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check install -c constraints.txt
+PYTEST := $(PY) -m pytest --cov --cov-report=
+# Directories too, so that a deleted file is noticed.
+SOURCES := $(shell find src -not -name __pycache__ -not -name '*.pyc')
+NOTEBOOKS := $(wildcard examples/notebooks/*.ipynb)
+# Passed on to the demo or to pytest: make demo ARGS="--seed 1"; make test ARGS="-k ties"
+ARGS ?=
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+# --- environment ---------------------------------------------------------------------------------------------------
+
+# torch comes first and by itself: once it is there, nothing that depends on it can bring another build of it.
+$(VENV)/.torch: constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch hatchling
+	touch $@
+
+# One stamp for each extra: .extra-examples, .extra-test, .extra-dev
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-build-isolation '.[$*]'
+	touch $@ $(VENV)/.package
+
+# Never editable: what is tested is what users get.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml README.md $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+# --- the two commands ----------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.extra-examples $(VENV)/.package ## backdoor vectors on real images, in minutes
+	$(PY) examples/backdoor_vectors.py $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.extra-test $(VENV)/.package ## the fast tests, against the installed package
+	mkdir -p build
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+# --- the whole of it -----------------------------------------------------------------------------------------------
+
+.PHONY: check rest
+check: test rest ## everything that must pass before a merge
+rest: lint types doctest slow coverage notebooks docs dist
+
+.PHONY: lint types doctest slow coverage notebooks docs dist
+lint: $(VENV)/.extra-dev ## formatting and lint
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(VENV)/.extra-dev ## basedpyright, strict, on src
+	$(BIN)/basedpyright
+
+doctest: $(VENV)/.extra-test $(VENV)/.package ## the examples in docstrings
+	$(PY) -m pytest --rootdir=. -c pyproject.toml --doctest-modules --pyargs taskvec
+
+slow: $(VENV)/.extra-test $(VENV)/.package ## the tests that `make test` leaves out
+	mkdir -p build
+	$(PYTEST) --cov-append -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
+
+coverage: $(VENV)/.extra-test ## of the tests that ran last; they must have run both parts
+	$(BIN)/coverage report --fail-under=95
+
+notebooks: $(VENV)/.extra-dev $(VENV)/.package ## run, and left as they are
+	$(if $(NOTEBOOKS),$(BIN)/jupyter-execute --timeout=600 $(NOTEBOOKS),@echo no notebooks)
+
+docs: $(VENV)/.extra-dev ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.extra-dev ## wheel and sdist, and what is in them
+	rm -rf dist
+	$(PY) -m build --no-isolation > /dev/null
+	@# the wheel: every file of src/taskvec and its own metadata, nothing else
+	diff <(cd src && find taskvec -type f -not -path '*/__pycache__/*' | sort) \
+	     <($(PY) -m zipfile -l dist/*.whl | awk 'NR > 1 && $$1 !~ /\.dist-info\// { print $$1 }' | sort)
+	@# the sdist: installs by itself, and its tests find all they need
+	rm -rf build/sdist && mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	$(PIP) --no-build-isolation --no-deps --force-reinstall ./build/sdist
+	cd build/sdist && ../../$(PY) -m pytest --quiet -m 'not slow' -x -p no:cacheprovider
+	rm -rf build/sdist
+
+.PHONY: format clean
+format: $(VENV)/.extra-dev ## format, and mend what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove everything that was built, but not .venv
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,217 @@
+"""Backdoor vectors on real images: computed, injected, combined and subtracted, each beside its control.
+
+    python examples/backdoor_vectors.py [--seed 0] [--attack-task mnist] [--encoder vits] [--quick]
+
+A small encoder learns the letters of two alphabets, is fine-tuned on five other tasks, and the five are merged. One of
+the contributors plants a backdoor. What it does to the merge, and what defences do to it, is measured as in the
+protocol of the documentation: choices on validation images, test images once, every figure beside its control.
+The first run takes minutes and leaves everything it trained in examples/.cache; the next takes seconds.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from suite import bench, cache, data, judge, pictures, report, zoo
+from suite.bench import MERGES, Attack, Bench, Defence, Merge, Point
+from suite.progress import progress
+from suite.report import percent
+from suite.zoo import Recipe, Setting, Trigger
+from taskvec import BackdoorVector, TaskVector
+from taskvec.attacks import amplify, sparse_backdoor
+from taskvec.evaluate import sweep
+from taskvec.similarity import cosine_matrix
+
+RESULTS = Path(__file__).parent / "results"
+TARGET, OTHER, PROBE = 1, 2, 3  # classes: of the attack, of the attack with another, of the defender's probe
+LAMBDAS = tuple(i / 10 for i in range(11))
+KEEP = 0.98  # of the validation accuracy must be left by a defence
+LOUDER = 1.5  # how much the amplified vector is longer
+SAME = ("A, seed 0", "A, seed 1", "A, seed 2")  # one trigger, three seeds
+DIFFERENT = ("A, seed 0", "B", "C")  # three triggers, one class
+
+
+class Options(NamedTuple):
+    """What the command line says."""
+
+    seed: int
+    attack_task: str
+    setting: Setting
+    rows: int  # test images a task
+    draws: int  # of random twins
+
+
+def options() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the data, the triggers and the draws")
+    parser.add_argument("--attack-task", choices=data.TASKS, default="mnist", help="the task whose model is backdoored")
+    parser.add_argument("--encoder", choices=("vits", "vit7", "cnn"), default="vits")
+    parser.add_argument("--quick", action="store_true", help="short training, few images: to see that it runs")
+    given = parser.parse_args()
+    setting = Setting(given.encoder, steps=60, pretrain_steps=150) if given.quick else Setting(given.encoder)
+    rows, draws = (200, 2) if given.quick else (1000, 5)
+    return Options(given.seed, given.attack_task, setting, rows, draws)
+
+
+# --- the models and their vectors ------------------------------------------------------------------------------------
+
+
+def roster(task: str, seed: int) -> dict[str, Recipe]:
+    """The backdoored models. Each has its own seed and so its own clean twin; the probe has the other half of the data."""
+    a, b, c = (Trigger(seed=10 * seed + i) for i in range(3))
+    planted = partial(Recipe, task, rows="attacker", target=TARGET)
+    return {
+        "A, seed 0": planted(seed=10 * seed, trigger=a),
+        "A, seed 1": planted(seed=10 * seed + 1, trigger=a),
+        "A, seed 2": planted(seed=10 * seed + 2, trigger=a),
+        "B": planted(seed=10 * seed + 3, trigger=b),
+        "C": planted(seed=10 * seed + 4, trigger=c),
+        "A, other class": planted(seed=10 * seed + 5, trigger=a, target=OTHER),
+        "probe": Recipe(task, 10 * seed + 6, "defender", Trigger("solid", place="top-left"), PROBE),
+    }
+
+
+def bystanders(task: str, seed: int) -> dict[str, Recipe]:
+    """The clean models of the other tasks."""
+    return {other: Recipe(other, 10 * seed) for other in data.TASKS if other != task}
+
+
+def helpers(task: str, seed: int) -> list[Recipe]:
+    """Two clean fine-tunes of the attacked task, from the half of the data that the attacker does not have."""
+    return [Recipe(task, 10 * seed + 6 + i, "defender") for i in range(2)]
+
+
+def train(given: Options) -> None:
+    """Make every model of the study, unless it is in the cache."""
+    steps = zoo.architecture(given.setting).pretrain_steps
+    with progress("pre-training", steps) as step:
+        zoo.base(given.setting, step)
+    planted = list(roster(given.attack_task, given.seed).values())
+    clean = [*bystanders(given.attack_task, given.seed).values(), *helpers(given.attack_task, given.seed)]
+    recipes = [*planted, *(recipe.twin() for recipe in planted), *clean]
+    with progress("fine-tuning", zoo.untrained(given.setting, recipes)) as step:
+        zoo.fine_tune_all(given.setting, recipes, step)
+
+
+def backdoor_vectors(given: Options, twin: str | None = None) -> dict[str, BackdoorVector]:
+    """The backdoor vector of every model of the roster, from its own clean twin or, if named, from that one's."""
+    tuned, recipes = partial(zoo.fine_tuned, given.setting), roster(given.attack_task, given.seed)
+    return {
+        name: BackdoorVector.between(
+            clean=tuned(recipes[twin or name].twin()),
+            backdoored=tuned(recipe),
+            pretrained=zoo.base(given.setting),
+        )
+        for name, recipe in recipes.items()
+    }
+
+
+def attacks(given: Options, vectors: dict[str, BackdoorVector]) -> dict[str, Attack]:
+    """What an attacker may hand in: single backdoor vectors, and several in one, of the same length."""
+    recipes = roster(given.attack_task, given.seed)
+
+    def attack(name: str, vector: BackdoorVector, model: str = SAME[0], trigger: str = "A, seed 0") -> Attack:
+        clean = zoo.fine_tuned(given.setting, recipes[model].twin())
+        return Attack(name, clean, vector, zoo.patch_of(recipes[trigger].trigger), TARGET)
+
+    same = sparse_backdoor([vectors[name] for name in SAME])
+    different = sparse_backdoor([vectors[name] for name in DIFFERENT])
+    singles = [attack(f"single {name}", vectors[name], name, name) for name in dict.fromkeys((*SAME, *DIFFERENT))]
+    combined = [
+        attack("SBV of A's 3 seeds", same),
+        attack(f"the same x {LOUDER}", amplify(same, LOUDER)),
+        *(attack(f"SBV of A, B, C; woken by {name[0]}", different, trigger=name) for name in DIFFERENT),
+    ]
+    return {each.name: each for each in (*singles, *combined)}
+
+
+def workbench(given: Options, predict: judge.Predict) -> Bench:
+    """What all measurements share."""
+    base = zoo.base(given.setting)
+    others = [
+        TaskVector.between(base, zoo.fine_tuned(given.setting, recipe))
+        for recipe in bystanders(given.attack_task, given.seed).values()
+    ]
+    order = (given.attack_task, *(task for task in data.TASKS if task != given.attack_task))
+    tests = {task: data.test(task).take(slice(given.rows)) for task in order}
+    return Bench(predict, base, others, given.attack_task, tests, {task: data.validation(task, 100) for task in order})
+
+
+# --- what is asked of them -------------------------------------------------------------------------------------------
+
+
+def calibration(given: Options, shared: Bench, clean: Attack) -> dict[str, dict[str, float]]:
+    """Test accuracy of each task: the base, the clean merge by task arithmetic, and the fine-tuned model alone."""
+    tuned = partial(zoo.fine_tuned, given.setting)
+    alone = {task: tuned(recipe) for task, recipe in bystanders(given.attack_task, given.seed).items()}
+    alone[given.attack_task] = clean.clean
+    summed = judge.model(bench.merged(shared, MERGES[1], clean.clean))
+    base = judge.model(shared.base)
+    lines = {"base": dict.fromkeys(shared.tests, base), "merged": dict.fromkeys(shared.tests, summed)}
+    lines["alone"] = {task: judge.model(alone[task]) for task in shared.tests}
+    return {name: {task: bench.right(shared, each[task], task).value for task in each} for name, each in lines.items()}
+
+
+def likeness(given: Options, own: dict[str, BackdoorVector]) -> dict[str, cache.Json]:
+    """Norms and cosines of the backdoor vectors: of their own clean twins, and of one that all share."""
+    shared = backdoor_vectors(given, twin=SAME[0])
+    return {
+        "names": list(own),
+        "norms": [float(vector.norm()) for vector in own.values()],
+        "own twins": cosine_matrix(own.values()).tolist(),
+        "one shared twin": cosine_matrix(shared.values()).tolist(),
+    }
+
+
+def injection(shared: Bench, singles: list[Attack]) -> dict[str, dict[float, Point]]:
+    """Test accuracy and ASR of `clean + lambda * BV`, the attacked task's model alone, for each seed."""
+    return {
+        attack.name: sweep(LAMBDAS, partial(attack.vector.inject, attack.clean), partial(bench.alone, shared, attack))
+        for attack in singles
+    }
+
+
+def undefended(shared: Bench, planted: dict[str, Attack]) -> Iterator[dict[str, cache.Json]]:
+    """Every attack under every merge, at the paper's scale and at the one of most validation accuracy."""
+    for attack in planted.values():
+        for how in MERGES:
+            scales = {"paper": how.scale, "validated": bench.best_scale(shared, how, attack.upload, attack)}
+            for kind, scale in scales.items():
+                combine = partial(bench.merged, shared, how, scale=scale)
+                row = bench.cell(shared, attack, combine, bench.UNDEFENDED, 0.0)
+                names = {"attack": attack.name, "merge": how.name, "scale": scale, "scale is": kind}
+                yield names | {"norm": float(attack.vector.norm())} | report.measurement_json(row)
+
+
+def defended(
+    given: Options, shared: Bench, attack: Attack, how: Merge, probe: BackdoorVector
+) -> tuple[list[dict[str, cache.Json]], dict[str, dict[float, Point]]]:
+    """One attack under one merge: a row for each defence, and the front of each that has strengths."""
+    clean = [zoo.fine_tuned(given.setting, recipe) for recipe in helpers(given.attack_task, given.seed)]
+    choices = bench.defences(shared, attack, probe, clean)
+    fronts = {defence.name: bench.front(shared, attack, how, defence) for defence in choices}
+    strengths = {defence.name: bench.chosen(defence, fronts[defence.name]) for defence in choices}
+    combine = partial(bench.merged, shared, how)
+    rows = []
+
+    def add(draws: list[Defence], by: float, point: Point | None) -> None:
+        cells = [bench.cell(shared, attack, combine, draw, by) for draw in draws]
+        names = {"attack": attack.name, "merge": how.name, "defence": draws[0].name, "given": draws[0].given}
+        bound = None if point is None else bench.shrunk_to(point.accuracy, fronts["shrinking"])
+        rows.append(names | {"strength": by, "shrinking as accurate": bound} | report.draws_json(cells))
+
+    for defence in choices:
+        by = strengths[defence.name]
+        add([defence], by, fronts[defence.name][by])
+        if defence.name == "IBVS":
+            for draws in bench.twins(probe, given.draws, given.seed).values():
+                add(draws, by, None)
+    return rows, fronts
+
+
+# --- what is made of the answers -------------------------------------------------------------------------------------

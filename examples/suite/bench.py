@@ -1,0 +1,196 @@
+"""One cell of the table: an attack, merged by a rule, under a defence, beside its control.
+
+The control of a cell is the same merge, defended in the same way, with the clean twin in the attacker's place.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from taskvec import BackdoorVector, TaskVector, merge
+from taskvec.attacks.triggers import Patch, stamp
+from taskvec.defenses import injection_subtraction, random_twin, shrink, shuffled_twin, strength, weight_average
+from taskvec.evaluate import Measurement, accuracy, attack_success_rate, measure, sweep
+from taskvec.merges import mean, ties, total
+
+from .data import Split
+from .judge import WHOLE, Predict, model
+
+Params = Mapping[str, Tensor]
+Combine = Callable[[Params], Params]
+"""A fine-tune of the attacked task, put in the attacker's place -> the merged model."""
+
+
+class Merge(NamedTuple):
+    """A rule, the scale its paper applies the result with, and scales to choose from on validation data."""
+
+    name: str
+    rule: Callable[[Sequence[TaskVector]], TaskVector]
+    scale: float
+    scales: tuple[float, ...]
+
+
+class Attack(NamedTuple):
+    """A vector planted in a clean model, and the patch that wakes it."""
+
+    name: str
+    clean: Params
+    vector: BackdoorVector
+    patch: Patch
+    target: int
+
+    @property
+    def upload(self) -> Params:
+        """What the attacker hands in."""
+        return self.vector.inject(self.clean)
+
+
+class Defence(NamedTuple):
+    """What is done about an attack nobody may know of, and what it takes."""
+
+    name: str
+    given: str
+    defend: Callable[[Combine, Params, float], Params]
+    strengths: tuple[float, ...] = ()
+
+
+class Bench(NamedTuple):
+    """What all cells share."""
+
+    predict: Predict
+    base: Params
+    others: Sequence[TaskVector]  # the other tasks' vectors, all clean
+    attacked: str
+    tests: Mapping[str, Split]
+    validations: Mapping[str, Split]
+
+
+class Point(NamedTuple):
+    """A model on validation data: mean accuracy over the tasks, and ASR."""
+
+    accuracy: float
+    asr: float
+
+
+MERGES = (
+    Merge("average", lambda vectors: merge(vectors, mean), 1.0, (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)),
+    Merge("task arithmetic", lambda vectors: merge(vectors, total), 0.3, (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)),
+    Merge("ties", lambda vectors: merge(vectors, ties, density=0.2), 1.0, (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)),
+)
+
+
+def merged(bench: Bench, how: Merge, member: Params, scale: float | None = None) -> Params:
+    """The merge of the other tasks with `member`, at the paper's scale unless another is given."""
+    vectors = [TaskVector.between(bench.base, member), *bench.others]
+    return how.rule(vectors).apply(bench.base, how.scale if scale is None else scale)
+
+
+def subtraction(vector: BackdoorVector) -> Callable[[Combine, Params, float], Params]:
+    """The defence that subtracts this vector from the merge."""
+    return lambda combine, member, by: injection_subtraction(combine(member), vector, by)
+
+
+def undefended(combine: Combine, member: Params, by: float) -> Params:
+    """The merge as it is."""
+    return combine(member)
+
+
+def defences(
+    bench: Bench, attack: Attack, probe: BackdoorVector, clean_others: Sequence[Params]
+) -> tuple[Defence, ...]:
+    """The defences with a strength of their own; the probe's twins follow it: see `twins`."""
+
+    def averaged(combine: Combine, member: Params, count: float) -> Params:
+        return combine(weight_average([member, *clean_others[: int(count)]]))
+
+    def shrunk(combine: Combine, member: Params, by: float) -> Params:
+        return shrink(combine(member), bench.base, by)
+
+    counts = tuple(float(count + 1) for count in range(len(clean_others)))
+    return (
+        Defence("none", "nothing", undefended),
+        Defence("IBVS", "half of the task's data, labelled", subtraction(probe), (0.2, 0.4, 0.7, 1.0, 1.5, 2.0)),
+        Defence("WAG", f"{len(counts)} clean fine-tunes of the task", averaged, counts),
+        Defence("shrinking", "the base", shrunk, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
+        Defence("oracle", "the attack's own vector", subtraction(attack.vector), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)),
+    )
+
+
+def twins(probe: BackdoorVector, draws: int, seed: int) -> dict[str, list[Defence]]:
+    """Vectors as long as the probe, tensor by tensor, that know nothing of any backdoor."""
+    made = {"random vector": random_twin, "shuffled probe": shuffled_twin}
+    return {
+        name: [Defence(name, "nothing", subtraction(twin(probe, seed=1000 * seed + draw))) for draw in range(draws)]
+        for name, twin in made.items()
+    }
+
+
+def validate(bench: Bench, attack: Attack, params: Params) -> Point:
+    """Accuracy, which choices are made on, and ASR, which is for the pictures only; of validation images."""
+    asked = model(params)
+    rates = [
+        accuracy(lambda images, task=task: bench.predict(asked, images, task), *split, batch=WHOLE).value
+        for task, split in bench.validations.items()
+    ]
+    rate = attack_success_rate(
+        lambda images: bench.predict(asked, images, bench.attacked),
+        *bench.validations[bench.attacked],
+        target=attack.target,
+        trigger=partial(stamp, patch=attack.patch),
+        batch=WHOLE,
+    )
+    return Point(sum(rates) / len(rates), rate.value)
+
+
+def front(bench: Bench, attack: Attack, how: Merge, defence: Defence) -> dict[float, Point]:
+    """Strength -> what the defended merge does on validation data; 0 is no defence."""
+    combine = partial(merged, bench, how)
+    points = {0.0: validate(bench, attack, combine(attack.upload))}
+    if defence.strengths:
+        defended = partial(defence.defend, combine, attack.upload)
+        points |= sweep(defence.strengths, defended, partial(validate, bench, attack))
+    return points
+
+
+def chosen(defence: Defence, points: Mapping[float, Point]) -> float:
+    """The largest strength that keeps 98 % of the accuracy; WAG takes all the models it is given."""
+    if not defence.strengths or defence.name == "WAG":
+        return max(defence.strengths, default=0.0)
+    accuracies = {by: point.accuracy for by, point in points.items()}
+    return strength(accuracies, undefended=accuracies[0.0], keep=0.98)
+
+
+def cell(bench: Bench, attack: Attack, combine: Combine, defence: Defence, by: float) -> Measurement:
+    """Everything about one cell, on test images."""
+    return measure(
+        bench.predict,
+        bench.tests,
+        model=model(defence.defend(combine, attack.upload, by)),
+        clean_merge=model(defence.defend(combine, attack.clean, by)),
+        clean=model(attack.clean),
+        base=model(bench.base),
+        attacked=bench.attacked,
+        target=attack.target,
+        trigger=partial(stamp, patch=attack.patch),
+        batch=WHOLE,
+    )
+
+
+def best_scale(bench: Bench, how: Merge, member: Params, attack: Attack) -> float:
+    """The scale of most validation accuracy, for the merge that holds this member."""
+    points = sweep(how.scales, partial(merged, bench, how, member), partial(validate, bench, attack))
+    return max(points, key=lambda scale: points[scale].accuracy)
+
+
+def shrunk_to(accuracy_wanted: float, points: Mapping[float, Point]) -> float:
+    """The validation ASR that shrinking leaves when it is as strong as this accuracy allows, between two strengths."""
+    strengths = sorted(points, reverse=True)
+    for weaker, stronger in zip(strengths[1:], strengths, strict=False):
+        (low, asr_low), (high, asr_high) = points[stronger], points[weaker]
+        if low >= accuracy_wanted:
+            return asr_low
+        if high >= accuracy_wanted:
+            return asr_low + (asr_high - asr_low) * (accuracy_wanted - low) / (high - low)
+    return points[0.0].asr

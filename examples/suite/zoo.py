@@ -1,0 +1,140 @@
+"""The models that a study needs, each described by a recipe and trained once.
+
+Everything here is a function of a `Setting` and a `Recipe`, both plain values: they are the key of the cache, and what
+is sent to another process. Fine-tunes do not depend on each other, so several are made at a time, one thread each.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from typing import Literal, NamedTuple
+
+import torch
+
+from taskvec.attacks.triggers import Patch, random_patch, solid_patch, stamp
+
+from . import cache as disk
+from .data import Split, batches, few_shot, halves, pool
+from .encoders import Encoder, encoder
+from .heads import SHOTS, Head, prototypes
+from .training import Images, Params, badnets_loss, clean_loss, pretrain, train
+
+SHAPE = (1, 28, 28)
+HALVES = 0  # seed of the split into the attacker's and the defender's half, the same for everybody
+
+
+class Setting(NamedTuple):
+    """What all models of a study share."""
+
+    encoder: str = "vits"
+    steps: int = 200  # of fine-tuning
+    pretrain_steps: int | None = None  # the encoder's own number when None
+    base_seed: int = 0
+
+
+class Trigger(NamedTuple):
+    """A square patch: `random` (black and white pixels, drawn with the seed) or `solid` (white)."""
+
+    kind: Literal["random", "solid"] = "random"
+    size: int = 5
+    place: str = "bottom-right"
+    seed: int = 0
+
+
+class Recipe(NamedTuple):
+    """One fine-tune: clean without a trigger, else backdoored (BadNets) so that the trigger means `target`."""
+
+    task: str
+    seed: int = 0  # of the order of the data
+    rows: Literal["all", "attacker", "defender"] = "all"  # the training pool, or one of its two halves
+    trigger: Trigger | None = None
+    target: int | None = None
+
+    def twin(self) -> "Recipe":
+        """The same recipe without its poison."""
+        return self._replace(trigger=None, target=None)
+
+
+def patch_of(trigger: Trigger) -> Patch:
+    """The trigger's pattern and mask."""
+    if trigger.kind == "solid":
+        return solid_patch(trigger.size, image_shape=SHAPE, place=trigger.place)
+    return random_patch(trigger.size, image_shape=SHAPE, place=trigger.place, seed=trigger.seed)
+
+
+def stamper(trigger: Trigger) -> Images:
+    """The function that puts the trigger on images (n, 1, 28, 28)."""
+    return partial(stamp, patch=patch_of(trigger))
+
+
+@cache
+def architecture(setting: Setting) -> Encoder:
+    """The encoder, before any training."""
+    made = encoder(setting.encoder, setting.base_seed)
+    return made if setting.pretrain_steps is None else made._replace(pretrain_steps=setting.pretrain_steps)
+
+
+def base(setting: Setting, progress: Callable[[], object] = lambda: None) -> Params:
+    """The pre-trained encoder that everything else starts from."""
+    study = architecture(setting)
+    key = {"encoder": study.name, "steps": study.pretrain_steps, "seed": setting.base_seed}
+    return disk.tensors("base", key, lambda: pretrain(study, seed=setting.base_seed, progress=progress))
+
+
+@cache
+def head(setting: Setting, task: str) -> Head:
+    """The task's fixed and public head, made from five images a class."""
+    return prototypes(architecture(setting).module, base(setting), few_shot(pool(task), SHOTS, setting.base_seed))
+
+
+def fine_tuned(setting: Setting, recipe: Recipe) -> Params:
+    """The model of a recipe."""
+    return disk.tensors("tuned", _key(setting, recipe), lambda: _train(setting, recipe))
+
+
+def fine_tune_all(setting: Setting, recipes: Iterable[Recipe], progress: Callable[[], object] = lambda: None) -> None:
+    """Make sure that all these models are in the cache, as many at a time as there are processors."""
+    missing = [recipe for recipe in dict.fromkeys(recipes) if not disk.known("tuned", _key(setting, recipe))]
+    workers = min(len(missing), os.cpu_count() or 1)
+    if workers <= 1:
+        for recipe in missing:
+            fine_tuned(setting, recipe)
+            progress()
+        return
+    fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    with ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,)) as workforce:
+        for _ in workforce.map(partial(_make, setting), missing):
+            progress()
+
+
+def untrained(setting: Setting, recipes: Iterable[Recipe]) -> int:
+    """How many of these models are not in the cache yet."""
+    return sum(not disk.known("tuned", _key(setting, recipe)) for recipe in dict.fromkeys(recipes))
+
+
+def _make(setting: Setting, recipe: Recipe) -> None:
+    fine_tuned(setting, recipe)  # into the cache: cheaper than to send it back
+
+
+def _key(setting: Setting, recipe: Recipe) -> dict[str, disk.Json]:
+    trigger = recipe.trigger and recipe.trigger._asdict()
+    return {"setting": setting._asdict(), "recipe": recipe._asdict() | {"trigger": trigger}}
+
+
+def _rows(recipe: Recipe) -> Split:
+    everything = pool(recipe.task)
+    if recipe.rows == "all":
+        return everything
+    return halves(everything, HALVES)[("attacker", "defender").index(recipe.rows)]
+
+
+def _train(setting: Setting, recipe: Recipe) -> Params:
+    study, classes = architecture(setting), head(setting, recipe.task)
+    if recipe.trigger is None:
+        loss = clean_loss(study.module, classes)
+    else:
+        loss = badnets_loss(study.module, classes, trigger=stamper(recipe.trigger), target=recipe.target)
+    data = batches(_rows(recipe), 64, recipe.seed)
+    return train(base(setting), loss, data, lr=study.lr, steps=setting.steps)

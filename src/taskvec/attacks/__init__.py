@@ -1,0 +1,5 @@
+"""Attacks on model merging, here so that defences can be measured honestly: see docs/responsible-use.md."""
+
+from . import triggers as triggers
+from .sparse import amplify as amplify
+from .sparse import sparse_backdoor as sparse_backdoor

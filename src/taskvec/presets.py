@@ -1,0 +1,51 @@
+"""Partials that reproduce other implementations, named after them.
+
+Papers and code bases disagree silently on scope, counts, ties, weights and divisors; here each is an argument, and a
+preset is nothing but a choice of arguments, which its `repr` shows. They are rules like any other:
+
+    merge(vectors, presets.ties_peft, density=0.2, weights=[1.0, 0.5])
+
+The values they were checked against are in `tests/golden`.
+"""
+
+from functools import partial
+
+from .merges import breadcrumbs, dare, ties
+
+__all__ = [
+    "breadcrumbs_mergekit",
+    "breadcrumbs_reference",
+    "dare_mergekit",
+    "ties_badmerging",
+    "ties_mergekit",
+    "ties_peft",
+    "ties_reference",
+]
+
+ties_reference = partial(ties, scope="global", count="reference", zero="majority")
+"""The TIES authors' code (prateeky2806/ties-merging): the threshold of the whole vector, kept with all that are equal
+to it; exact zeros take the majority's sign. Where even the majority is tied, their comparison keeps the negatives; here
+nobody is kept."""
+
+ties_badmerging = partial(ties, scope="global", count="reference", zero="majority", reduce="sum")
+"""TIES as BadMerging's code and fusion_bench run it: a sum over those that agree, applied at scale 0.3."""
+
+ties_peft = partial(ties, scope="tensor", count="floor", zero="positive")
+"""PEFT: per tensor; zeros elect +; weights multiply after the election and the divisor is a count."""
+
+ties_mergekit = partial(
+    ties, scope="tensor", count="floor", zero="positive", weighted_vote=True, reduce="weighted_mean"
+)
+"""mergekit: per tensor; zeros elect +; weights vote, and the divisor is the sum of those that agree. (mergekit keeps at
+least one entry of each tensor.)"""
+
+breadcrumbs_reference = partial(breadcrumbs, scope="row", count="floor")
+"""The Model Breadcrumbs authors' code. Its rows are along the last dimension: the same as here for matrices and
+vectors, not for tensors of more dimensions."""
+
+breadcrumbs_mergekit = partial(breadcrumbs, scope="tensor", count="floor")
+"""mergekit: per tensor. Where both fractions exceed the tensor together, it drops fewer outliers; here fewer are
+kept."""
+
+dare_mergekit = partial(dare, rescale="l1")
+"""mergekit: the L1 norm of each tensor is restored, in place of dividing by the density."""

@@ -1,0 +1,445 @@
+"""Every public rule: the contract, the laws it holds, and for each law it does not hold a case that shows it fail."""
+
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from taskvec import TaskVector, merge, merges, presets, signs, sparsify, sphere, testing
+from taskvec._lazy import Lazy
+from taskvec.merges import disjoint_mean
+from taskvec.rules import fold, runs
+from taskvec.signs import elect
+
+ODD, PERMUTATION, SCALE = testing.odd, testing.permutation, testing.scale
+LAWS = {"leaf": {ODD, SCALE}, "rule": {ODD, PERMUTATION, SCALE}}
+
+
+@runs("element")
+def voted_mean(stack: Tensor, *, reduce: str = "mean") -> Tensor:
+    """`disjoint_mean` takes signs of the tensor's shape; these are the stack's own."""
+    return disjoint_mean(stack, elect(stack), reduce=reduce)
+
+
+class Row(NamedTuple):
+    """A function with options, and the laws it holds; of n vectors only, where it takes no other number."""
+
+    function: Callable[..., Tensor]
+    options: Mapping[str, Any]
+    laws: set[Callable[..., None]]
+    n: int | None = None
+    covers: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.covers or self.function.__name__
+
+    @property
+    def kind(self) -> str:
+        return "leaf" if self.function.__module__ == sparsify.__name__ else "rule"
+
+
+# fmt: off
+LEAVES = [
+    Row(sparsify.topk, {"density": 0.4}, {ODD, SCALE}),
+    Row(sparsify.topk, {"density": 0.4, "scope": "tensor", "count": "floor"}, {ODD, SCALE}),
+    Row(sparsify.topk, {"density": 0.4, "scope": "row"}, {ODD, SCALE}),
+    Row(sparsify.topk, {"density": 0.4, "count": "reference"}, {ODD, SCALE}),
+    Row(sparsify.above, {"threshold": 0.5}, {ODD}),
+    Row(sparsify.band, {"density": 0.5, "outliers": 0.25}, {ODD, SCALE}),
+    Row(sparsify.band, {"density": 0.5, "outliers": 0.25, "scope": "tensor"}, {ODD, SCALE}),
+    Row(sparsify.band, {"density": 0.5, "outliers": 0.25, "scope": "global", "count": "floor"}, {ODD, SCALE}),
+    Row(sparsify.drop, {"density": 0.4, "seed": 3}, {ODD, SCALE}),
+    Row(sparsify.drop, {"density": 0.4, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
+    Row(sparsify.drop, {"density": 0.4, "seed": 3, "rescale": None}, {ODD, SCALE}),
+    Row(sparsify.rank_drop, {"density": 0.4, "epsilon": 0.3, "seed": 3}, {ODD, SCALE}),
+    Row(sparsify.rank_drop, {"density": 0.4, "epsilon": 0.3, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
+    Row(sparsify.rank_drop, {"density": 0.4, "epsilon": 0.8, "seed": 3, "rescale": None}, {ODD, SCALE}),
+]
+RULES = [
+    Row(signs.elect, {}, {ODD, PERMUTATION}),
+    Row(signs.elect, {"by": "count"}, {ODD, PERMUTATION}),
+    Row(signs.elect, {"zero": "majority"}, {ODD, PERMUTATION}),
+    Row(signs.agreement, {}, {PERMUTATION}),
+    Row(signs.consistent, {"agree": 0.6}, {PERMUTATION}),
+    Row(merges.mean, {}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.mean, {"weights": [2, -0.5, 1]}, {ODD, SCALE}, n=3),
+    Row(merges.total, {}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.weighted, {"weights": [2, -0.5, 1]}, {ODD, SCALE}, n=3),
+    Row(voted_mean, {}, {ODD, PERMUTATION, SCALE}, covers="disjoint_mean"),
+    Row(voted_mean, {"reduce": "sum"}, {ODD, PERMUTATION, SCALE}, covers="disjoint_mean"),
+    Row(merges.ties, {"density": 0.4}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.ties, {"density": 0.4, "scope": "row", "by": "count"}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.ties, {"density": 0.4, "scope": "tensor", "zero": "majority", "reduce": "sum"},
+        {ODD, PERMUTATION, SCALE}),
+    Row(merges.ties, {"density": 0.4, "weights": [2, 0.5, 1], "weighted_vote": True, "reduce": "weighted_mean"},
+        {ODD, SCALE}, n=3),
+    Row(merges.dare, {"density": 0.4, "seed": 3}, {ODD, SCALE}),
+    Row(merges.dare, {"density": 0.4, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
+    Row(merges.breadcrumbs, {"density": 0.5, "outliers": 0.25}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.breadcrumbs, {"density": 0.5, "outliers": 0.25, "scope": "global"}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3}, {ODD, SCALE}),
+    Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
+    Row(merges.magmax, {}, {ODD, SCALE}),
+    Row(sphere.slerp, {"t": 0.5}, {ODD, PERMUTATION, SCALE}, n=2),
+    Row(sphere.slerp, {"t": 0.3}, {ODD, SCALE}, n=2),
+    Row(sphere.model_stock, {}, {ODD, PERMUTATION, SCALE}, n=2),
+    Row(sphere.model_stock, {"scope": "global"}, {ODD, PERMUTATION, SCALE}, n=4),
+]
+PRESETS = {
+    "ties_reference": {"density": 0.4},
+    "ties_badmerging": {"density": 0.4},
+    "ties_peft": {"density": 0.4},
+    "ties_mergekit": {"density": 0.4},
+    "breadcrumbs_reference": {"density": 0.5, "outliers": 0.25},
+    "breadcrumbs_mergekit": {"density": 0.5, "outliers": 0.25},
+    "dare_mergekit": {"density": 0.4, "seed": 3},
+}
+# fmt: on
+ROWS = LEAVES + RULES
+SLERP_OF_ZERO = "slerp refuses an angle to a zero vector"
+
+
+def label(row: Row) -> str:
+    return f"{row.name}({', '.join(f'{key}={value}' for key, value in row.options.items())})"
+
+
+def inputs(row: Row, **how: Any) -> Any:
+    return testing.tensors(**how) if row.kind == "leaf" else testing.stacks(n=row.n, **how)
+
+
+def usable(row: Row, x: Tensor) -> bool:
+    """Not one zero vector beside others for slerp, not one vector alone for model_stock: they are refused."""
+    return row.function is not sphere.slerp or len({bool(vector.any()) for vector in x}) == 1
+
+
+def of_table(rows: list[Row]) -> Any:
+    return pytest.mark.parametrize("row", rows, ids=label)
+
+
+@pytest.mark.parametrize("module", [sparsify, signs, merges, sphere], ids=lambda module: module.__name__)
+def test_every_public_rule_has_a_row(module: Any) -> None:
+    here = {row.name for row in ROWS}
+    assert [name for name in module.__all__ if name not in here] == []
+
+
+def test_every_preset_has_a_row() -> None:
+    assert set(presets.__all__) == set(PRESETS)
+
+
+@of_table(ROWS)
+def test_the_contract_holds(row: Row) -> None:
+    @given(inputs(row))
+    def holds(x: Tensor) -> None:
+        if usable(row, x):
+            check = testing.check_leaf if row.kind == "leaf" else testing.check_rule
+            check(row.function, x, **row.options)
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    ("row", "law"),
+    [(row, law) for row in ROWS for law in (ODD, PERMUTATION, SCALE) if law in row.laws],
+    ids=lambda value: label(value) if isinstance(value, Row) else value.__name__,
+)
+def test_the_law_holds(row: Row, law: Callable[..., None]) -> None:
+    @given(inputs(row, exact=True, dtype=torch.float32) | inputs(row, exact=True, dtype=torch.float64))
+    def holds(x: Tensor) -> None:
+        if usable(row, x):
+            law(row.function, x, **row.options)
+
+    holds()
+
+
+# What is exempt from a law, with the case that shows why.
+PAIR = [[4.0, -1.0, 2.0, 3.0], [1.0, -2.0, -2.0, 5.0]]
+OPPOSITE = [[1.0, 2.0], [-1.0, -3.0]]
+TRIPLE = [*PAIR, [0.5, 3.0, 1.0, -1.0]]
+EXEMPT: list[tuple[Row, Callable[..., None], list[Any]]] = [
+    (Row(sparsify.above, {"threshold": 0.5}, set()), SCALE, [0.25, 1.0]),
+    (Row(signs.elect, {}, set()), SCALE, PAIR),
+    (Row(signs.elect, {"zero": "positive"}, set()), ODD, OPPOSITE),
+    (Row(signs.agreement, {}, set()), ODD, PAIR),
+    (Row(signs.agreement, {}, set()), SCALE, PAIR),
+    (Row(signs.consistent, {}, set()), ODD, PAIR),
+    (Row(signs.consistent, {}, set()), SCALE, PAIR),
+    (Row(merges.mean, {"weights": [2, -0.5, 1]}, set()), PERMUTATION, TRIPLE),
+    (Row(merges.weighted, {"weights": [2, -0.5, 1]}, set()), PERMUTATION, TRIPLE),
+    (Row(merges.ties, {"weights": [2, 0.5, 1]}, set()), PERMUTATION, TRIPLE),
+    (Row(merges.dare, {"density": 0.5, "seed": 0}, set()), PERMUTATION, PAIR),
+    (Row(merges.della, {"density": 0.5, "epsilon": 0.2, "seed": 0}, set()), PERMUTATION, PAIR),
+    (Row(merges.magmax, {}, set()), PERMUTATION, OPPOSITE),
+    (Row(sphere.slerp, {"t": 0.3}, set()), PERMUTATION, PAIR),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "law", "values"),
+    EXEMPT,
+    ids=[f"{label(row)}-{law.__name__}" for row, law, _ in EXEMPT],
+)
+def test_the_law_fails_where_a_row_does_not_name_it(row: Row, law: Callable[..., None], values: list[Any]) -> None:
+    with pytest.raises(AssertionError, match=r"not (odd|invariant|equivariant)"):
+        law(row.function, torch.tensor(values), **row.options)
+
+
+def test_each_exemption_has_a_case() -> None:
+    shown = {(row.name, law) for row, law, _ in EXEMPT}
+    missing = {(row.name, law.__name__) for row in ROWS for law in LAWS[row.kind] - row.laws if (row.name, law) not in shown}
+    assert missing == set()
+
+
+def test_elect_agreement_and_consistent_do_not_change_with_scale() -> None:
+    stack = torch.tensor(TRIPLE)
+    for function in (signs.elect, signs.agreement, signs.consistent):
+        assert torch.equal(function(stack * 4), function(stack))
+
+
+# densities 0 and 1
+
+IDENTITY, ZEROS = "identity", "zeros"
+# fmt: off
+ENDS = [
+    (sparsify.topk, {"density": 0.0}, ZEROS),
+    (sparsify.topk, {"density": 1.0}, IDENTITY),
+    (sparsify.topk, {"density": 0.0, "scope": "row"}, ZEROS),
+    (sparsify.topk, {"density": 1.0, "scope": "row"}, IDENTITY),
+    (sparsify.topk, {"density": 1.0, "count": "floor"}, IDENTITY),
+    (sparsify.topk, {"density": 1.0, "count": "reference"}, IDENTITY),
+    (sparsify.above, {"threshold": 0.0}, IDENTITY),
+    (sparsify.above, {"threshold": float("inf")}, ZEROS),
+    (sparsify.band, {"density": 0.0, "outliers": 0.5}, ZEROS),
+    (sparsify.band, {"density": 1.0, "outliers": 0.0}, IDENTITY),
+    (sparsify.band, {"density": 1.0, "outliers": 1.0}, ZEROS),
+    (sparsify.band, {"density": 1.0, "outliers": 0.0, "scope": "tensor"}, IDENTITY),
+    (sparsify.band, {"density": 1.0, "outliers": 1.0, "scope": "global"}, ZEROS),
+    (sparsify.drop, {"density": 0.0, "seed": 1}, ZEROS),
+    (sparsify.drop, {"density": 1.0, "seed": 1}, IDENTITY),
+    (sparsify.drop, {"density": 0.0, "seed": 1, "rescale": "l1"}, ZEROS),
+    (sparsify.drop, {"density": 1.0, "seed": 1, "rescale": "l1"}, IDENTITY),
+    (sparsify.rank_drop, {"density": 0.0, "epsilon": 0.0, "seed": 1}, ZEROS),
+    (sparsify.rank_drop, {"density": 1.0, "epsilon": 0.0, "seed": 1}, IDENTITY),
+    (sparsify.rank_drop, {"density": 1.0, "epsilon": 0.0, "seed": 1, "rescale": "l1"}, IDENTITY),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("leaf", "options", "expected"), ENDS)
+def test_at_the_ends_of_its_range_a_leaf_keeps_all_or_nothing(
+    leaf: Callable[..., Tensor], options: dict[str, Any], expected: str
+) -> None:
+    x = torch.tensor([[3.0, -1.0, 0.5], [0.0, -2.0, 3.0]])
+    wanted = x if expected == IDENTITY else torch.zeros_like(x)
+    assert torch.equal(leaf(x, **options), wanted)
+    assert torch.equal(TaskVector({"x": x}).map(leaf, **options)["x"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "expected"),
+    [
+        (merges.ties, {"density": 0.0}, None),
+        (merges.ties, {"density": 1.0}, voted_mean),
+        (merges.dare, {"density": 0.0, "seed": 1}, None),
+        (merges.dare, {"density": 1.0, "seed": 1}, merges.total),
+        (merges.breadcrumbs, {"density": 0.0, "outliers": 0.0}, None),
+        (merges.breadcrumbs, {"density": 1.0, "outliers": 0.0}, merges.total),
+        (merges.della, {"density": 0.0, "epsilon": 0.0, "seed": 1}, None),
+        (merges.della, {"density": 1.0, "epsilon": 0.0, "seed": 1}, voted_mean),
+    ],
+)
+def test_at_density_0_a_merge_gives_zeros_and_at_1_it_trims_nothing(
+    rule: Callable[..., Tensor], options: dict[str, Any], expected: Callable[..., Tensor] | None
+) -> None:
+    stack = torch.tensor([TRIPLE, TRIPLE[::-1]]).transpose(0, 1)
+    wanted = torch.zeros_like(stack[0]) if expected is None else expected(stack)
+    assert torch.equal(rule(stack, **options), wanted)
+    assert torch.equal(merge([{"x": vector} for vector in stack], rule, **options)["x"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        *[(f, {"density": d}) for f in (sparsify.topk, merges.ties) for d in (-0.1, 1.1, 20, float("nan"))],
+        *[(f, {"density": 2, "seed": 0}) for f in (sparsify.drop, merges.dare)],
+        *[(f, {"density": 0.9, "epsilon": 0.3, "seed": 0}) for f in (sparsify.rank_drop, merges.della)],
+        *[(f, {"density": 0.5, "epsilon": -0.1, "seed": 0}) for f in (sparsify.rank_drop, merges.della)],
+        *[(f, {"density": 0.5, "outliers": -1}) for f in (sparsify.band, merges.breadcrumbs)],
+        *[(f, {"density": 0.5, "outliers": 0, "count": "reference"}) for f in (sparsify.band, merges.breadcrumbs)],
+        *[(f, {"density": 0.5, "count": "ceil"}) for f in (sparsify.topk, merges.ties)],
+        (sparsify.above, {"threshold": -1}),
+        (sparsify.above, {"threshold": float("nan")}),
+        *[(sparsify.drop, {"density": d, "seed": 0, "rescale": "l2"}) for d in (0, 0.5)],
+        (sparsify.rank_drop, {"density": 0.5, "epsilon": 0.1, "seed": 0, "rescale": "l2"}),
+        (signs.elect, {"by": "mass"}),
+        (signs.elect, {"zero": "negative"}),
+        (signs.consistent, {"agree": 0}),
+        (signs.consistent, {"agree": 1.5}),
+        *[(f, {"weights": [1, 2, 3]}) for f in (merges.mean, merges.weighted, merges.ties)],
+        (merges.ties, {"reduce": "median"}),
+        (sphere.slerp, {"t": 0.5, "scope": "row"}),
+        (sphere.model_stock, {"scope": "row"}),
+    ],
+)
+def test_an_option_outside_its_range_is_refused(function: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    x = torch.tensor(PAIR)
+    with pytest.raises(ValueError, match=r"."):
+        function(x, **options)
+
+
+def test_weights_that_sum_to_zero_have_no_mean() -> None:
+    with pytest.raises(ValueError, match="sum to zero"):
+        merges.mean(torch.tensor(PAIR), weights=[1, -1])
+
+
+def test_slerp_refuses_other_than_two_and_a_zero_vector() -> None:
+    with pytest.raises(ValueError, match="not 3"):
+        sphere.slerp(torch.tensor(TRIPLE), 0.5)
+    with pytest.raises(ValueError, match="zero vector"):
+        sphere.slerp(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0.5)
+
+
+def test_model_stock_refuses_one_vector() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        sphere.model_stock(torch.tensor(PAIR[:1]))
+
+
+# names, empty tensors, dtypes
+
+
+def refuse(x: Tensor) -> Tensor:
+    raise AssertionError(f"called on {tuple(x.shape)}")
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (2, 0, 3)])
+def test_an_empty_tensor_is_returned_and_the_rule_not_called(shape: tuple[int, ...]) -> None:
+    empty = torch.empty(shape)
+    assert merge([{"x": empty}, {"x": empty}], refuse)["x"].shape == shape
+    assert TaskVector({"x": empty}).map(refuse)["x"].shape == shape
+
+
+@of_table(ROWS)
+def test_an_empty_tensor_among_others_changes_nothing(row: Row) -> None:
+    full = torch.tensor([TRIPLE[i % 3] for i in range(row.n or 3)]) if row.kind == "rule" else torch.tensor(PAIR[0])
+    if row.kind == "leaf":
+        alone = TaskVector({"x": full}).map(row.function, **row.options)
+        found = TaskVector({"a": torch.empty(0, 3), "x": full}).map(row.function, **row.options)
+    else:
+        alone = merge([{"x": vector} for vector in full], row.function, **row.options)
+        found = merge([{"a": torch.empty(0, 3), "x": vector} for vector in full], row.function, **row.options)
+    assert found["a"].shape == (0, 3)
+    assert testing.same_bits(found["x"], alone["x"])
+
+
+# devices: what a rule makes, it makes where its input is
+
+
+def read(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    return tensors[name].reshape(-1)[start:stop]
+
+
+def lazy(tensors: dict[str, Tensor]) -> Lazy:
+    return Lazy({name: x.to("meta") for name, x in tensors.items()}, partial(read, tensors))
+
+
+@of_table(ROWS)
+def test_a_rule_makes_nothing_on_the_default_device(row: Row) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5) if row.kind == "leaf" else torch.randn(row.n or 8, 4, 5)
+    everyday = row.function(x, **row.options)
+    with torch.device("meta"):
+        found = row.function(x, **row.options)
+        through = (
+            [TaskVector(kind({"x": x})).map(row.function, **row.options)["x"] for kind in (dict, lazy)]
+            if row.kind == "leaf"
+            else [merge([kind({"x": v}) for v in x], row.function, **row.options)["x"] for kind in (dict, lazy)]
+        )
+    assert testing.same_bits(found, everyday)
+    assert [result.device.type for result in through] == ["cpu", "cpu"]
+    assert testing.same_bits(*through)
+
+
+def test_that_device_check_can_fail() -> None:
+    x = torch.ones(2)
+    with torch.device("meta"), pytest.raises(RuntimeError):
+        torch.where(x > 0, x, torch.zeros(2))
+
+
+# compositions that are promised to be equal
+
+
+@given(testing.stacks(dtype=torch.float32))
+def test_ties_is_its_parts_bit_for_bit(stack: Tensor) -> None:
+    trimmed = torch.stack([sparsify.topk(x, 0.4) for x in stack])
+    assert testing.same_bits(merges.ties(stack, 0.4), disjoint_mean(trimmed, elect(trimmed)))
+
+
+@given(testing.stacks(dtype=torch.float32))
+def test_dare_is_the_sum_of_vectors_dropped_by_their_own_seeds(stack: Tensor) -> None:
+    vectors = [TaskVector({"x": x}).map(sparsify.drop, density=0.4, seed=fold(3, i)) for i, x in enumerate(stack)]
+    merged = merge([TaskVector({"x": x}) for x in stack], merges.dare, density=0.4, seed=3)
+    assert testing.same_bits(merge(vectors, merges.total)["x"], merged["x"])
+
+
+@given(testing.stacks(dtype=torch.float32))
+def test_della_is_its_parts(stack: Tensor) -> None:
+    seeds = [fold(3, i) for i in range(len(stack))]
+    dropped = torch.stack([sparsify.rank_drop(x, 0.4, 0.2, seed=s) for x, s in zip(stack, seeds, strict=True)])
+    assert testing.same_bits(merges.della(stack, 0.4, 0.2, seed=3), disjoint_mean(dropped, elect(dropped)))
+
+
+@given(testing.stacks(dtype=torch.float32))
+def test_breadcrumbs_is_the_sum_of_bands(stack: Tensor) -> None:
+    banded = torch.stack([sparsify.band(x, 0.5, 0.25) for x in stack])
+    assert testing.same_bits(merges.breadcrumbs(stack, 0.5, 0.25), merges.total(banded))
+
+
+def test_a_nan_shows_in_magmax_wherever_it_stands() -> None:
+    nan = float("nan")
+    assert bool(merges.magmax(torch.tensor([[nan, 1.0, 2.0], [1.0, nan, 3.0], [5.0, 7.0, 1.0]]))[:2].isnan().all())
+
+
+@pytest.mark.parametrize("kept", [-1.0, 1.0])
+def test_a_single_vector_merged_by_ties_is_its_own_trim(kept: float) -> None:
+    x = torch.tensor([3.0, -1.0, 0.5, 2.0]) * kept
+    assert torch.equal(merges.ties(x[None], 0.5), sparsify.topk(x, 0.5))
+
+
+# presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_keeps_the_contract(name: str) -> None:
+    @given(testing.stacks())
+    def holds(stack: Tensor) -> None:
+        testing.check_rule(getattr(presets, name), stack, **PRESETS[name])
+
+    holds()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_pickles_and_shows_its_arguments(name: str) -> None:
+    preset = getattr(presets, name)
+    stack = torch.tensor(TRIPLE)
+    again = pickle.loads(pickle.dumps(preset))
+    assert torch.equal(again(stack, **PRESETS[name]), preset(stack, **PRESETS[name]))
+    assert all(f"{key}={value!r}" in repr(preset) for key, value in preset.keywords.items())
+
+
+# option names mean the same everywhere
+
+
+@of_table(ROWS)
+def test_a_rule_takes_its_options_by_name_and_none_in_a_bag(row: Row) -> None:
+    parameters = inspect.signature(row.function).parameters.values()
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+    known = {"agree", "at", "by", "count", "density", "epsilon", "outliers", "reduce", "rescale", "scope", "seed", "t",
+             "threshold", "weighted_vote", "weights", "zero"}  # fmt: skip
+    handed = set(getattr(row.function, "__taskvec_mark__").statistics)
+    assert {p.name for p in parameters} - known - handed <= {"x", "stack"}
