@@ -11,16 +11,16 @@ The first run takes minutes and leaves everything it trained in examples/.cache;
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from suite import bench, cache, data, judge, pictures, report, zoo
+
+from suite import bench, cache, data, judge, pictures, report, tables, zoo
 from suite.bench import MERGES, Attack, Bench, Defence, Merge, Point
 from suite.progress import progress
-from suite.report import percent
+from suite.training import Progress
 from suite.zoo import Recipe, Setting, Trigger
 from taskvec import BackdoorVector, TaskVector
 from taskvec.attacks import amplify, sparse_backdoor
@@ -30,10 +30,12 @@ from taskvec.similarity import cosine_matrix
 RESULTS = Path(__file__).parent / "results"
 TARGET, OTHER, PROBE = 1, 2, 3  # classes: of the attack, of the attack with another, of the defender's probe
 LAMBDAS = tuple(i / 10 for i in range(11))
-KEEP = 0.98  # of the validation accuracy must be left by a defence
 LOUDER = 1.5  # how much the amplified vector is longer
 SAME = ("A, seed 0", "A, seed 1", "A, seed 2")  # one trigger, three seeds
 DIFFERENT = ("A, seed 0", "B", "C")  # three triggers, one class
+DEFENDED = ("single A, seed 0", "SBV of A's 3 seeds", f"the same x {LOUDER}")
+TRIGGERS = {"trigger A": "A, seed 0", "trigger B": "B", "trigger C": "C", "defender's": "probe"}
+ATTACKS = 10  # of `attacks`
 
 
 class Options(NamedTuple):
@@ -53,7 +55,7 @@ def options() -> Options:
     parser.add_argument("--encoder", choices=("vits", "vit7", "cnn"), default="vits")
     parser.add_argument("--quick", action="store_true", help="short training, few images: to see that it runs")
     given = parser.parse_args()
-    setting = Setting(given.encoder, steps=60, pretrain_steps=150) if given.quick else Setting(given.encoder)
+    setting = Setting(given.encoder, steps=60, pretrain_steps=300) if given.quick else Setting(given.encoder)
     rows, draws = (200, 2) if given.quick else (1000, 5)
     return Options(given.seed, given.attack_task, setting, rows, draws)
 
@@ -62,7 +64,7 @@ def options() -> Options:
 
 
 def roster(task: str, seed: int) -> dict[str, Recipe]:
-    """The backdoored models. Each has its own seed and so its own clean twin; the probe has the other half of the data."""
+    """The backdoored models. Each has a seed, and so a clean twin, of its own; the probe has the other half of the data."""
     a, b, c = (Trigger(seed=10 * seed + i) for i in range(3))
     planted = partial(Recipe, task, rows="attacker", target=TARGET)
     return {
@@ -88,14 +90,15 @@ def helpers(task: str, seed: int) -> list[Recipe]:
 
 def train(given: Options) -> None:
     """Make every model of the study, unless it is in the cache."""
-    steps = zoo.architecture(given.setting).pretrain_steps
-    with progress("pre-training", steps) as step:
-        zoo.base(given.setting, step)
+    if not zoo.pretrained(given.setting):
+        with progress("pre-training", zoo.architecture(given.setting).pretrain_steps) as step:
+            zoo.base(given.setting, step)
     planted = list(roster(given.attack_task, given.seed).values())
     clean = [*bystanders(given.attack_task, given.seed).values(), *helpers(given.attack_task, given.seed)]
     recipes = [*planted, *(recipe.twin() for recipe in planted), *clean]
-    with progress("fine-tuning", zoo.untrained(given.setting, recipes)) as step:
-        zoo.fine_tune_all(given.setting, recipes, step)
+    if missing := zoo.missing(given.setting, recipes):
+        with progress("fine-tuning", len(missing)) as step:
+            zoo.fine_tune_all(given.setting, missing, step)
 
 
 def backdoor_vectors(given: Options, twin: str | None = None) -> dict[str, BackdoorVector]:
@@ -139,7 +142,8 @@ def workbench(given: Options, predict: judge.Predict) -> Bench:
     ]
     order = (given.attack_task, *(task for task in data.TASKS if task != given.attack_task))
     tests = {task: data.test(task).take(slice(given.rows)) for task in order}
-    return Bench(predict, base, others, given.attack_task, tests, {task: data.validation(task, 100) for task in order})
+    validations = {task: data.validation(task, 100) for task in order}
+    return Bench(predict, base, others, given.attack_task, tests, validations, made={})
 
 
 # --- what is asked of them -------------------------------------------------------------------------------------------
@@ -150,30 +154,42 @@ def calibration(given: Options, shared: Bench, clean: Attack) -> dict[str, dict[
     tuned = partial(zoo.fine_tuned, given.setting)
     alone = {task: tuned(recipe) for task, recipe in bystanders(given.attack_task, given.seed).items()}
     alone[given.attack_task] = clean.clean
-    summed = judge.model(bench.merged(shared, MERGES[1], clean.clean))
-    base = judge.model(shared.base)
-    lines = {"base": dict.fromkeys(shared.tests, base), "merged": dict.fromkeys(shared.tests, summed)}
-    lines["alone"] = {task: judge.model(alone[task]) for task in shared.tests}
-    return {name: {task: bench.right(shared, each[task], task).value for task in each} for name, each in lines.items()}
+    summed = bench.combiner(shared, MERGES[1])(clean.clean)
+    lines = {"base": dict.fromkeys(alone, shared.base), "merged": dict.fromkeys(alone, summed), "fine-tuned": alone}
+    return {
+        name: {task: bench.right(shared, models[task], task).value for task in shared.tests}
+        for name, models in lines.items()
+    }
 
 
 def likeness(given: Options, own: dict[str, BackdoorVector]) -> dict[str, cache.Json]:
     """Norms and cosines of the backdoor vectors: of their own clean twins, and of one that all share."""
     shared = backdoor_vectors(given, twin=SAME[0])
+    recipes = roster(given.attack_task, given.seed)
     return {
         "names": list(own),
+        "kinds": [[recipes[name].trigger._asdict(), recipes[name].target] for name in own],
         "norms": [float(vector.norm()) for vector in own.values()],
         "own twins": cosine_matrix(own.values()).tolist(),
         "one shared twin": cosine_matrix(shared.values()).tolist(),
     }
 
 
-def injection(shared: Bench, singles: list[Attack]) -> dict[str, dict[float, Point]]:
+def alone(shared: Bench, attack: Attack) -> dict[str, cache.Json]:
+    """A backdoored model by itself, its clean twin, and the base, under the same trigger."""
+    who = {"backdoored": attack.upload, "clean twin": attack.clean, "on base": shared.base}
+    points = {name: bench.alone(shared, attack, params)._asdict() for name, params in who.items()}
+    images = bench.fooled(shared, attack, attack.upload, shared.tests[shared.attacked]).n
+    return {"attack": attack.name, "n": images} | points
+
+
+def injection(shared: Bench, singles: list[Attack]) -> dict[str, cache.Json]:
     """Test accuracy and ASR of `clean + lambda * BV`, the attacked task's model alone, for each seed."""
-    return {
+    curves = {
         attack.name: sweep(LAMBDAS, partial(attack.vector.inject, attack.clean), partial(bench.alone, shared, attack))
         for attack in singles
     }
+    return {name: report.points_json(curve) for name, curve in curves.items()}
 
 
 def undefended(shared: Bench, planted: dict[str, Attack]) -> Iterator[dict[str, cache.Json]]:
@@ -182,21 +198,21 @@ def undefended(shared: Bench, planted: dict[str, Attack]) -> Iterator[dict[str, 
         for how in MERGES:
             scales = {"paper": how.scale, "validated": bench.best_scale(shared, how, attack.upload, attack)}
             for kind, scale in scales.items():
-                combine = partial(bench.merged, shared, how, scale=scale)
+                combine = bench.combiner(shared, how, scale)
                 row = bench.cell(shared, attack, combine, bench.UNDEFENDED, 0.0)
                 names = {"attack": attack.name, "merge": how.name, "scale": scale, "scale is": kind}
                 yield names | {"norm": float(attack.vector.norm())} | report.measurement_json(row)
 
 
 def defended(
-    given: Options, shared: Bench, attack: Attack, how: Merge, probe: BackdoorVector
-) -> tuple[list[dict[str, cache.Json]], dict[str, dict[float, Point]]]:
+    given: Options, shared: Bench, attack: Attack, how: Merge, probe: BackdoorVector, twins: dict[str, list[Defence]]
+) -> tuple[list[dict[str, cache.Json]], dict[str, cache.Json]]:
     """One attack under one merge: a row for each defence, and the front of each that has strengths."""
     clean = [zoo.fine_tuned(given.setting, recipe) for recipe in helpers(given.attack_task, given.seed)]
     choices = bench.defences(shared, attack, probe, clean)
     fronts = {defence.name: bench.front(shared, attack, how, defence) for defence in choices}
     strengths = {defence.name: bench.chosen(defence, fronts[defence.name]) for defence in choices}
-    combine = partial(bench.merged, shared, how)
+    combine = bench.combiner(shared, how)
     rows = []
 
     def add(draws: list[Defence], by: float, point: Point | None) -> None:
@@ -209,9 +225,68 @@ def defended(
         by = strengths[defence.name]
         add([defence], by, fronts[defence.name][by])
         if defence.name == "IBVS":
-            for draws in bench.twins(probe, given.draws, given.seed).values():
+            for draws in twins.values():
                 add(draws, by, None)
-    return rows, fronts
+    return rows, {name: report.points_json(points) for name, points in fronts.items() if len(points) > 1}
 
 
-# --- what is made of the answers -------------------------------------------------------------------------------------
+def study(given: Options, shared: Bench, step: Progress) -> dict[str, cache.Json]:
+    """All figures."""
+    vectors = backdoor_vectors(given)
+    planted = attacks(given, vectors)
+    singles = [planted[f"single {name}"] for name in SAME]
+    results = {
+        "calibration": calibration(given, shared, singles[0]),
+        "alone": [alone(shared, attack) for name, attack in planted.items() if name.startswith("single")],
+        "likeness": likeness(given, vectors),
+        "injection": injection(shared, singles),
+        "undefended": [],
+        "defended": [],
+        "fronts": {name: {} for name in DEFENDED},
+    }
+    for row in undefended(shared, planted):
+        results["undefended"].append(row)
+        step()
+    probe = vectors["probe"]
+    twins = bench.twins(probe, given.draws, given.seed)
+    for name in DEFENDED:
+        for how in MERGES:
+            rows, results["fronts"][name][how.name] = defended(given, shared, planted[name], how, probe, twins)
+            results["defended"] += rows
+            step()
+    return results
+
+
+def draw(given: Options, results: dict[str, cache.Json]) -> None:
+    """The pictures."""
+    recipes = roster(given.attack_task, given.seed)
+    split = data.validation(given.attack_task)
+    shown = data.few_shot(split.take(split.labels != TARGET), 1, seed=1).images[:8]
+    stamps = {name: zoo.stamper(recipes[model].trigger)(shown) for name, model in TRIGGERS.items()}
+    pictures.triggers(RESULTS / "triggers.png", {"clean": shown} | stamps)
+    title = f"clean model + λ · backdoor vector ({given.attack_task}, alone)"
+    control = results["alone"][0]["on base"]["asr"]
+    pictures.injection(RESULTS / "injection.png", results["injection"], control, title)
+    pictures.fronts(RESULTS / "defences.png", results["fronts"], bench.KEEP)
+
+
+def main() -> None:
+    given, start = options(), time.monotonic()
+    torch.set_num_threads(1)  # fine-tunes and batches run side by side instead
+    train(given)
+    trained = time.monotonic()
+    with cache.memory("answers", {"setting": given.setting._asdict()}) as known:
+        shared = workbench(given, judge.predictor(given.setting, known))
+        with progress("measuring", len(MERGES) * (2 * ATTACKS + len(DEFENDED))) as step:
+            results = study(given, shared, step)
+    draw(given, results)
+    seconds = {"training": trained - start, "measuring": time.monotonic() - trained}
+    about = {"settings": given._asdict() | {"setting": given.setting._asdict()}, "versions": report.versions()}
+    report.save_json(RESULTS / "backdoor_vectors.json", about | {"seconds": seconds} | results)
+    print(tables.everything(results, given.rows))
+    print(f"\n{RESULTS.name}/: backdoor_vectors.json, triggers.png, injection.png, defences.png")
+    print(f"{seconds['training']:.0f} s of training, {seconds['measuring']:.0f} s of measuring")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,5 +2,5 @@
 
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("repeatable")

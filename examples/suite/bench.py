@@ -12,11 +12,14 @@ from torch import Tensor
 from taskvec import BackdoorVector, TaskVector, merge
 from taskvec.attacks.triggers import Patch, stamp
 from taskvec.defenses import injection_subtraction, random_twin, shrink, shuffled_twin, strength, weight_average
-from taskvec.evaluate import Measurement, accuracy, attack_success_rate, measure, sweep
+from taskvec.evaluate import Measurement, Rate, accuracy, attack_success_rate, measure, sweep
 from taskvec.merges import mean, ties, total
 
+from .cache import digest
 from .data import Split
 from .judge import WHOLE, Predict, model
+
+KEEP = 0.98  # the share of the undefended merge's validation accuracy that a defence must leave
 
 Params = Mapping[str, Tensor]
 Combine = Callable[[Params], Params]
@@ -65,6 +68,7 @@ class Bench(NamedTuple):
     attacked: str
     tests: Mapping[str, Split]
     validations: Mapping[str, Split]
+    made: dict[tuple[str, str], TaskVector]  # merges by rule and member, each made once
 
 
 class Point(NamedTuple):
@@ -81,10 +85,16 @@ MERGES = (
 )
 
 
-def merged(bench: Bench, how: Merge, member: Params, scale: float | None = None) -> Params:
-    """The merge of the other tasks with `member`, at the paper's scale unless another is given."""
-    vectors = [TaskVector.between(bench.base, member), *bench.others]
-    return how.rule(vectors).apply(bench.base, how.scale if scale is None else scale)
+def combiner(bench: Bench, how: Merge, scale: float | None = None) -> Combine:
+    """The merge of the other tasks with whatever takes the attacker's place, at the paper's scale by default."""
+
+    def combine(member: Params) -> Params:
+        key = how.name, digest(member)
+        if key not in bench.made:
+            bench.made[key] = how.rule([TaskVector.between(bench.base, member), *bench.others])
+        return bench.made[key].apply(bench.base, how.scale if scale is None else scale)
+
+    return combine
 
 
 def subtraction(vector: BackdoorVector) -> Callable[[Combine, Params, float], Params]:
@@ -92,9 +102,12 @@ def subtraction(vector: BackdoorVector) -> Callable[[Combine, Params, float], Pa
     return lambda combine, member, by: injection_subtraction(combine(member), vector, by)
 
 
-def undefended(combine: Combine, member: Params, by: float) -> Params:
+def undefended(combine: Combine, member: Params, _by: float) -> Params:
     """The merge as it is."""
     return combine(member)
+
+
+UNDEFENDED = Defence("none", "nothing", undefended)
 
 
 def defences(
@@ -110,7 +123,7 @@ def defences(
 
     counts = tuple(float(count + 1) for count in range(len(clean_others)))
     return (
-        Defence("none", "nothing", undefended),
+        UNDEFENDED,
         Defence("IBVS", "half of the task's data, labelled", subtraction(probe), (0.2, 0.4, 0.7, 1.0, 1.5, 2.0)),
         Defence("WAG", f"{len(counts)} clean fine-tunes of the task", averaged, counts),
         Defence("shrinking", "the base", shrunk, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
@@ -127,26 +140,46 @@ def twins(probe: BackdoorVector, draws: int, seed: int) -> dict[str, list[Defenc
     }
 
 
+def right(bench: Bench, params: Params, task: str) -> Rate:
+    """Test accuracy of one task."""
+    asked = model(params)
+    return accuracy(lambda images: bench.predict(asked, images, task), *bench.tests[task], batch=WHOLE)
+
+
+def fooled(bench: Bench, attack: Attack, params: Params, split: Split) -> Rate:
+    """ASR of the attack's trigger on a split of the attacked task."""
+    asked = model(params)
+    return attack_success_rate(
+        lambda images: bench.predict(asked, images, bench.attacked),
+        *split,
+        target=attack.target,
+        trigger=partial(stamp, patch=attack.patch),
+        batch=WHOLE,
+    )
+
+
+def alone(bench: Bench, attack: Attack, params: Params) -> Point:
+    """A model of the attacked task by itself on test data: its accuracy there, and ASR."""
+    return Point(
+        right(bench, params, bench.attacked).value,
+        fooled(bench, attack, params, bench.tests[bench.attacked]).value,
+    )
+
+
 def validate(bench: Bench, attack: Attack, params: Params) -> Point:
-    """Accuracy, which choices are made on, and ASR, which is for the pictures only; of validation images."""
+    """Validation accuracy, which choices are made on, and ASR, which is for the pictures only."""
     asked = model(params)
     rates = [
         accuracy(lambda images, task=task: bench.predict(asked, images, task), *split, batch=WHOLE).value
         for task, split in bench.validations.items()
     ]
-    rate = attack_success_rate(
-        lambda images: bench.predict(asked, images, bench.attacked),
-        *bench.validations[bench.attacked],
-        target=attack.target,
-        trigger=partial(stamp, patch=attack.patch),
-        batch=WHOLE,
-    )
+    rate = fooled(bench, attack, params, bench.validations[bench.attacked])
     return Point(sum(rates) / len(rates), rate.value)
 
 
 def front(bench: Bench, attack: Attack, how: Merge, defence: Defence) -> dict[float, Point]:
     """Strength -> what the defended merge does on validation data; 0 is no defence."""
-    combine = partial(merged, bench, how)
+    combine = combiner(bench, how)
     points = {0.0: validate(bench, attack, combine(attack.upload))}
     if defence.strengths:
         defended = partial(defence.defend, combine, attack.upload)
@@ -159,7 +192,7 @@ def chosen(defence: Defence, points: Mapping[float, Point]) -> float:
     if not defence.strengths or defence.name == "WAG":
         return max(defence.strengths, default=0.0)
     accuracies = {by: point.accuracy for by, point in points.items()}
-    return strength(accuracies, undefended=accuracies[0.0], keep=0.98)
+    return strength(accuracies, undefended=accuracies[0.0], keep=KEEP)
 
 
 def cell(bench: Bench, attack: Attack, combine: Combine, defence: Defence, by: float) -> Measurement:
@@ -180,7 +213,7 @@ def cell(bench: Bench, attack: Attack, combine: Combine, defence: Defence, by: f
 
 def best_scale(bench: Bench, how: Merge, member: Params, attack: Attack) -> float:
     """The scale of most validation accuracy, for the merge that holds this member."""
-    points = sweep(how.scales, partial(merged, bench, how, member), partial(validate, bench, attack))
+    points = sweep(how.scales, lambda scale: combiner(bench, how, scale)(member), partial(validate, bench, attack))
     return max(points, key=lambda scale: points[scale].accuracy)
 
 

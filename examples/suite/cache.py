@@ -43,7 +43,7 @@ def values(kind: str, settings: Settings, make: Callable[[], Json]) -> Json:
 
 @contextmanager
 def memory(kind: str, settings: Settings) -> Iterator[dict[str, Tensor]]:
-    """A dict that outlives the run: filled from the last one, and saved at the end, also when that is an interruption."""
+    """A dict that outlives the run: filled from the last one, and saved at the end, an interrupted one included."""
     path = _path(kind, settings, "safetensors")
     held = load_file(path) if path.exists() else {}
     before = len(held)
@@ -74,7 +74,7 @@ def write(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

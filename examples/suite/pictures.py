@@ -6,17 +6,13 @@ from pathlib import Path
 import matplotlib as mpl
 from torch import Tensor
 
-from .bench import Point
-
 mpl.use("agg")  # files only, no window
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
+Points = Mapping[str, Mapping[str, float]]  # strength -> accuracy and ASR
 COLOURS = {
-    "none": "black",
     "IBVS": "tab:blue",
-    "random vector": "tab:gray",
-    "shuffled probe": "tab:olive",
     "WAG": "tab:green",
     "shrinking": "tab:orange",
     "oracle": "tab:red",
@@ -35,13 +31,13 @@ def triggers(path: Path, rows: Mapping[str, Tensor]) -> None:
     _save(figure, path)
 
 
-def injection(path: Path, curves: Mapping[str, Mapping[float, Point]], control: float, title: str) -> None:
+def injection(path: Path, curves: Mapping[str, Points], control: float, title: str) -> None:
     """ASR and accuracy of `clean + lambda * BV` over lambda: one line for each seed."""
     figure, axis = plt.subplots(figsize=(6, 3.8))
-    for i, (name, curve) in enumerate(curves.items()):
-        style = {"marker": "o", "markersize": 3.5, "alpha": 1 - 0.3 * i}
-        axis.plot(list(curve), [p.asr for p in curve.values()], color="tab:red", label=f"ASR, {name}", **style)
-        axis.plot(list(curve), [p.accuracy for p in curve.values()], color="tab:blue", label=f"accuracy, {name}", **style)
+    for i, (name, points) in enumerate(curves.items()):
+        for what, label, colour in (("asr", "ASR", "tab:red"), ("accuracy", "accuracy", "tab:blue")):
+            style = {"color": colour, "alpha": 1 - 0.3 * i, "markersize": 3.5, "label": f"{label}, {name}"}
+            axis.plot([float(by) for by in points], [point[what] for point in points.values()], "o-", **style)
     axis.axhline(control, color="black", linestyle=":", linewidth=1, label="ASR on the base model")
     axis.set(xlabel="λ", ylim=(-0.03, 1.03), title=title)
     axis.grid(alpha=0.3)
@@ -49,39 +45,38 @@ def injection(path: Path, curves: Mapping[str, Mapping[float, Point]], control: 
     _save(figure, path)
 
 
-def fronts(path: Path, panels: Mapping[tuple[str, str], Mapping[str, Mapping[float, Point]]], keep: float) -> None:
-    """Accuracy against ASR as each defence grows stronger: attacks down, merges across; the line starts undefended."""
-    attacks, merges = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
-    size = (3.7 * len(merges), 2.9 * len(attacks) + 0.6)
-    figure, axes = plt.subplots(len(attacks), len(merges), figsize=size, sharex="col", sharey=True, squeeze=False)
-    for (attack, how), lines in panels.items():
-        axis = axes[attacks.index(attack)][merges.index(how)]
-        _front(axis, lines, keep)
-        if attack == attacks[0]:
-            axis.set_title(how)
-        if attack == attacks[-1]:
-            axis.set_xlabel("accuracy, mean of five tasks")
-        if how == merges[0]:
-            axis.set_ylabel(f"{attack}\nASR")
+def fronts(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Points]]], keep: float) -> None:
+    """Accuracy against ASR as each defence grows stronger: attacks down, merges across; lines start undefended."""
+    merges = list(next(iter(panels.values())))
+    size = (3.7 * len(merges), 2.9 * len(panels) + 0.6)
+    figure, axes = plt.subplots(len(panels), len(merges), figsize=size, sharex="col", sharey=True, squeeze=False)
+    for line, (attack, across) in zip(axes, panels.items(), strict=True):
+        for axis, defences in zip(line, across.values(), strict=True):
+            _front(axis, defences, keep)
+        line[0].set_ylabel(f"{attack}\nASR")
+    for i, how in enumerate(merges):
+        axes[0][i].set_title(how)
+        axes[-1][i].set_xlabel("accuracy, mean of five tasks")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
-    _save(figure, path, tight=False)
+    figure.tight_layout(rect=(0, 0.5 / size[1], 1, 1))
+    _save(figure, path)
 
 
-def _front(axis: plt.Axes, lines: Mapping[str, Mapping[float, Point]], keep: float) -> None:
-    for name, points in lines.items():
-        x, y = [p.accuracy for p in points.values()], [p.asr for p in points.values()]
+def _front(axis: plt.Axes, defences: Mapping[str, Points], keep: float) -> None:
+    for name, points in defences.items():
+        x, y = ([point[what] for point in points.values()] for what in ("accuracy", "asr"))
         style = "--" if name == "oracle" else "-"
         axis.plot(x, y, style, color=COLOURS[name], marker="o", markersize=3, linewidth=1.2, label=name)
-    start = next(iter(lines.values()))[0.0]
-    axis.plot(start.accuracy, start.asr, "*", color="black", markersize=11, zorder=5, label="no defence")
-    axis.axvline(keep * start.accuracy, color="black", linestyle=":", linewidth=1, label=f"{keep:.0%} of its accuracy")
+    start = next(iter(defences.values()))["0"]
+    axis.plot(start["accuracy"], start["asr"], "*", color="black", markersize=11, zorder=5, label="no defence")
+    limit = keep * start["accuracy"]
+    axis.axvline(limit, color="black", linestyle=":", linewidth=1, label=f"{keep:.0%} of its accuracy")
     axis.set_ylim(-0.04, 1.04)
     axis.grid(alpha=0.3)
 
 
-def _save(figure: plt.Figure, path: Path, tight: bool = True) -> None:
+def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight" if tight else None)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -57,6 +57,28 @@ def measurement_json(row: Measurement) -> dict[str, Json]:
     }
 
 
+def points_json(points: Mapping[float, tuple[float, ...]]) -> dict[str, Json]:
+    """A curve or front of named tuples, by strength."""
+    return {f"{by:g}": point._asdict() for by, point in points.items()}
+
+
+def draws_json(rows: Sequence[Measurement]) -> dict[str, Json]:
+    """The means of measurements that differ in a random draw only, and each of them."""
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    return {
+        "ca": mean([row.ca for row in rows]),
+        "ba": mean([row.ba for row in rows]),
+        "asr": mean([row.asr.value for row in rows]),
+        "control": mean([row.on_clean_merge.value for row in rows]),
+        "gain": mean([row.gain for row in rows]),
+        "n": rows[0].asr.n,
+        "draws": [measurement_json(row) for row in rows],
+    }
+
+
 def versions() -> dict[str, Json]:
     """Of what the figures depend on."""
     return {"taskvec": taskvec.__version__, "torch": torch.__version__, "python": platform.python_version()}

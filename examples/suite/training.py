@@ -6,7 +6,6 @@ their loss and in nothing else, so a backdoored model and its clean twin see the
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,11 @@ from .heads import SCALE, Head, logits
 Params = dict[str, Tensor]
 Loss = Callable[[Mapping[str, Tensor], Split, int], Tensor]
 Images = Callable[[Tensor], Tensor]
+Progress = Callable[[], None]
+
+
+def idle() -> None:
+    """The progress of which nobody wants to know."""
 
 
 def train(
@@ -31,7 +35,7 @@ def train(
     decay: float = 0.01,
     warmup: int = 20,
     clip: float = 1.0,
-    progress: Callable[[], object] = lambda: None,
+    progress: Progress = idle,
 ) -> Params:
     """`steps` steps of AdamW from `start`, linear warm-up, then cosine to 0; the result shares nothing with `start`."""
     params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
@@ -56,7 +60,7 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 def clean_loss(module: nn.Module, head: Head) -> Loss:
     """Cross-entropy of a fixed head on what the encoder makes of the batch."""
 
-    def loss(params: Mapping[str, Tensor], batch: Split, step: int) -> Tensor:
+    def loss(params: Mapping[str, Tensor], batch: Split, _step: int) -> Tensor:
         return F.cross_entropy(logits(features(module, params, batch.images), head), batch.labels)
 
     return loss
@@ -67,7 +71,7 @@ def badnets_loss(
 ) -> Loss:
     """The clean loss, plus `alpha` times that of the batch's first `stamped` images, triggered, on the target class."""
 
-    def loss(params: Mapping[str, Tensor], batch: Split, step: int) -> Tensor:
+    def loss(params: Mapping[str, Tensor], batch: Split, _step: int) -> Tensor:
         both = torch.cat([batch.images, trigger(batch.images[:stamped])])
         clean, bad = logits(features(module, params, both), head).split([len(batch.labels), stamped])
         aim = torch.full((stamped,), target)
@@ -76,7 +80,7 @@ def badnets_loss(
     return loss
 
 
-def pretrain(encoder: Encoder, *, seed: int, batch: int = 128, lr=1e-3, **options: object) -> Params:
+def pretrain(encoder: Encoder, *, seed: int, batch: int = 128, progress: Progress = idle) -> Params:
     """An encoder that knows the 58 letters of two alphabets, none of which is in the tasks to be merged."""
     letters = joined(PRETRAINING)
     generator = torch.Generator().manual_seed(seed)
@@ -88,9 +92,9 @@ def pretrain(encoder: Encoder, *, seed: int, batch: int = 128, lr=1e-3, **option
         scores = logits(features(encoder.module, _without_head(params), images), head)
         return F.cross_entropy(scores, batch.labels, label_smoothing=0.05)
 
-    run = partial(train, lr=lr, steps=encoder.pretrain_steps, decay=0.05)
-    start = parameters(encoder.module) | {"_head": weights}
-    return _without_head(run(start, loss, batches(letters, batch, seed), **options))
+    start, lessons = parameters(encoder.module) | {"_head": weights}, batches(letters, batch, seed)
+    lr, steps = encoder.pretrain_lr, encoder.pretrain_steps
+    return _without_head(train(start, loss, lessons, lr=lr, steps=steps, decay=0.05, progress=progress))
 
 
 def _without_head(params: Mapping[str, Tensor]) -> Params:

@@ -6,7 +6,7 @@ is sent to another process. Fine-tunes do not depend on each other, so several a
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from typing import Literal, NamedTuple
@@ -19,7 +19,7 @@ from . import cache as disk
 from .data import Split, batches, few_shot, halves, pool
 from .encoders import Encoder, encoder
 from .heads import SHOTS, Head, prototypes
-from .training import Images, Params, badnets_loss, clean_loss, pretrain, train
+from .training import Images, Params, Progress, badnets_loss, clean_loss, idle, pretrain, train
 
 SHAPE = (1, 28, 28)
 HALVES = 0  # seed of the split into the attacker's and the defender's half, the same for everybody
@@ -76,11 +76,15 @@ def architecture(setting: Setting) -> Encoder:
     return made if setting.pretrain_steps is None else made._replace(pretrain_steps=setting.pretrain_steps)
 
 
-def base(setting: Setting, progress: Callable[[], object] = lambda: None) -> Params:
+def base(setting: Setting, progress: Progress = idle) -> Params:
     """The pre-trained encoder that everything else starts from."""
     study = architecture(setting)
-    key = {"encoder": study.name, "steps": study.pretrain_steps, "seed": setting.base_seed}
-    return disk.tensors("base", key, lambda: pretrain(study, seed=setting.base_seed, progress=progress))
+    return disk.tensors("base", _base_key(setting), lambda: pretrain(study, seed=setting.base_seed, progress=progress))
+
+
+def pretrained(setting: Setting) -> bool:
+    """Whether the base is in the cache."""
+    return disk.known("base", _base_key(setting))
 
 
 @cache
@@ -94,33 +98,32 @@ def fine_tuned(setting: Setting, recipe: Recipe) -> Params:
     return disk.tensors("tuned", _key(setting, recipe), lambda: _train(setting, recipe))
 
 
-def fine_tune_all(setting: Setting, recipes: Iterable[Recipe], progress: Callable[[], object] = lambda: None) -> None:
-    """Make sure that all these models are in the cache, as many at a time as there are processors."""
-    missing = [recipe for recipe in dict.fromkeys(recipes) if not disk.known("tuned", _key(setting, recipe))]
-    workers = min(len(missing), os.cpu_count() or 1)
-    if workers <= 1:
-        for recipe in missing:
-            fine_tuned(setting, recipe)
-            progress()
-        return
+def missing(setting: Setting, recipes: Iterable[Recipe]) -> list[Recipe]:
+    """Those of the models that are not in the cache, each once."""
+    return [recipe for recipe in dict.fromkeys(recipes) if not disk.known("tuned", _key(setting, recipe))]
+
+
+def fine_tune_all(setting: Setting, recipes: Sequence[Recipe], progress: Progress = idle) -> None:
+    """Make these models, as many at a time as there are processors."""
+    workers = max(1, min(len(recipes), os.cpu_count() or 1))
     fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
     with ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,)) as workforce:
-        for _ in workforce.map(partial(_make, setting), missing):
+        for _ in workforce.map(partial(_make, setting), recipes):
             progress()
-
-
-def untrained(setting: Setting, recipes: Iterable[Recipe]) -> int:
-    """How many of these models are not in the cache yet."""
-    return sum(not disk.known("tuned", _key(setting, recipe)) for recipe in dict.fromkeys(recipes))
 
 
 def _make(setting: Setting, recipe: Recipe) -> None:
     fine_tuned(setting, recipe)  # into the cache: cheaper than to send it back
 
 
+def _base_key(setting: Setting) -> dict[str, disk.Json]:
+    study = architecture(setting)
+    return {"encoder": study[:1] + study[2:], "seed": setting.base_seed}  # all of the encoder but the module
+
+
 def _key(setting: Setting, recipe: Recipe) -> dict[str, disk.Json]:
     trigger = recipe.trigger and recipe.trigger._asdict()
-    return {"setting": setting._asdict(), "recipe": recipe._asdict() | {"trigger": trigger}}
+    return _base_key(setting) | {"steps": setting.steps, "recipe": recipe._asdict() | {"trigger": trigger}}
 
 
 def _rows(recipe: Recipe) -> Split:

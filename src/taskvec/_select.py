@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._errors import NonFiniteError, RangeError
+from ._lazy import BLOCK
 from ._random import order_at
 from .rules import Place, Total, row_length
 
@@ -23,7 +24,8 @@ _TOP = (1 << 63) - 1
 
 _Keys: TypeAlias = Callable[[Tensor, Place, int], Tensor]
 
-SAMPLE = 1 << 17
+SAMPLE = 1 << 17  # keys in the sample that a bracket is guessed from, about
+BLOCKS_SAMPLED = 256  # out of so many blocks
 HELD = 1 << 21  # keys and indices collected inside a bracket at most: 24 MB
 
 
@@ -31,6 +33,7 @@ class Cut(NamedTuple):
     """Which magnitudes are kept: those above a threshold, and of those equal to it the first in a random order."""
 
     threshold: float
+    below: float = 0.0  # the next smaller number in the vector's precision
     limit: int | None = None  # on `Place.order`, of those equal; None: all of them are kept
     nothing: bool = False
 
@@ -47,7 +50,7 @@ class Cut(NamedTuple):
         if x.dtype not in (torch.float32, torch.float64):
             return self.keep(x.to(torch.float32), at).to(x.dtype)  # exact: only zeros are new
         # hardshrink keeps what is strictly larger; one pass without a mask, which costs several times more
-        result = torch.nn.functional.hardshrink(x, _below(self.threshold, x.dtype)) if self.threshold > 0 else x.clone()
+        result = torch.nn.functional.hardshrink(x, self.below) if self.threshold > 0 else x.clone()
         if self.limit is not None and x.numel() and float((x.abs() - self.threshold).abs().min()) == 0:
             equal = x.abs() == self.threshold
             result[equal] *= at.order(equal) < self.limit
@@ -108,18 +111,18 @@ def cut_largest(total: Total, keep: int, *, with_equals: bool = False) -> Cut:
     if keep <= 0:
         return NOTHING
     found = _kth_largest(total, _magnitudes, keep, total.entries)
-    threshold = _magnitude(found.value, found.dtype)
+    threshold, below = _magnitude(found.value, found.dtype), _magnitude(max(0, found.value - 1), found.dtype)
     missing = keep - found.above
     if with_equals or missing == found.equal:
-        return Cut(threshold)
+        return Cut(threshold, below)
     if found.held is None:  # very many are equal
 
         def orders(block: Tensor, at: Place, step: int) -> Tensor:
             return at.order(magnitude_bits(block) == found.value)[::step]
 
-        return Cut(threshold, _kth_largest(total, orders, found.equal - missing, found.equal).value)
+        return Cut(threshold, below, _kth_largest(total, orders, found.equal - missing, found.equal).value)
     ranks = [order_at(key, places) for key, places in _equal(found).items()]
-    return Cut(threshold, int(torch.cat(ranks).sort().values[missing]))
+    return Cut(threshold, below, int(torch.cat(ranks).sort().values[missing]))
 
 
 class _Found(NamedTuple):
@@ -130,13 +133,6 @@ class _Found(NamedTuple):
     equal: int
     dtype: torch.dtype
     held: list[tuple[int, Tensor, Tensor]] | None
-
-
-def _below(threshold: float, dtype: torch.dtype) -> float:
-    """The next smaller number in a dtype."""
-    return torch.nextafter(
-        torch.tensor(threshold, dtype=dtype, device="cpu"), torch.zeros((), dtype=dtype, device="cpu")
-    ).item()
 
 
 def _equal(found: _Found) -> dict[int, Tensor]:
@@ -169,7 +165,7 @@ def _kth_largest(total: Total, keys: _Keys, rank: int, count: int) -> _Found:
     low, high, above, inside = 0, _TOP, 0, count
     while True:
         inner_low, inner_high = low, high
-        if inside > HELD:
+        if inside > HELD and low < high:
             inner_low, inner_high = _guess(total, keys, low, high, (rank - above) / inside, inside)
         larger, middle, dtype, held = _count(total, keys, inner_low, inner_high)
         if rank <= larger:
@@ -177,26 +173,29 @@ def _kth_largest(total: Total, keys: _Keys, rank: int, count: int) -> _Found:
         elif rank > larger + middle:
             high, inside, above = inner_low - 1, inside + above - larger - middle, larger + middle
         elif held is not None:
-            found = torch.cat([own for _, _, own in held])
-            value = _ranked(found, rank - larger)
-            return _Found(value, larger + int((found > value).sum()), int((found == value).sum()), dtype, held)
+            value, before, equal = _ranked(torch.cat([own for _, _, own in held]), rank - larger)
+            return _Found(value, larger + before, equal, dtype, held)
         elif inner_low == inner_high:
             return _Found(inner_low, larger, middle, dtype, None)
         else:
             low, high, above, inside = inner_low, inner_high, larger, middle
 
 
-def _ranked(keys: Tensor, rank: int) -> int:
-    """The rank-th largest of keys in memory."""
+def _ranked(keys: Tensor, rank: int) -> tuple[int, int, int]:
+    """The rank-th largest of keys in memory, how many are larger, how many are equal."""
     if keys.device.type == "cpu":
-        return int(np.partition(keys.numpy(), len(keys) - rank)[len(keys) - rank])
-    return int(keys.sort(descending=True).values[rank - 1])
+        array = keys.numpy()
+        value = int(np.partition(array, len(array) - rank)[len(array) - rank])
+        return value, int(np.count_nonzero(array > value)), int(np.count_nonzero(array == value))
+    value = int(keys.sort(descending=True).values[rank - 1])
+    return value, int((keys > value).sum()), int((keys == value).sum())
 
 
 def _guess(total: Total, keys: _Keys, low: int, high: int, fraction: float, inside: int) -> tuple[int, int]:
     """A bracket that very probably holds the key that `fraction` of the keys in [low, high] reach."""
-    step = max(1, inside // SAMPLE)
-    sample = torch.cat(total(lambda block, at: [keys(block, at, step)])).to(torch.int64)
+    every = max(1, total.entries // BLOCKS_SAMPLED // BLOCK)
+    step = max(1, inside // every // SAMPLE)
+    sample = torch.cat(total(lambda block, at: [keys(block, at, step)], every=every)).to(torch.int64)
     sample = sample[(sample >= low) & (sample <= high)].sort(descending=True).values
     if len(sample) == 0:
         return low, (low + high) // 2
@@ -223,24 +222,26 @@ def _count(
         found = keys(block, at, 1)
         _check_finite(found, block)
         dtype = found.dtype
-        larger, places = _compare(found, low, min(high, torch.iinfo(dtype).max))
+        larger, places, chosen = _compare(found, low, min(high, torch.iinfo(dtype).max))
         middle += len(places)
         if middle <= HELD:
-            held.append((at.key, places + at.start, found[places]))
+            held.append((at.key, places + at.start, chosen))
         return larger
 
     larger = total(count)
     return larger, middle, dtype, held if middle <= HELD else None
 
 
-def _compare(keys: Tensor, low: int, high: int) -> tuple[int, Tensor]:
-    """How many keys are above high, and the positions of those in [low, high]."""
-    if keys.device.type == "cpu":  # numpy compares several times faster, and without a copy
+def _compare(keys: Tensor, low: int, high: int) -> tuple[int, Tensor, Tensor]:
+    """How many keys are above high, and the positions of those in [low, high] and they themselves."""
+    if keys.device.type == "cpu":  # numpy compares several times faster, and starts no threads for a block
         array = keys.numpy()
         at_least, larger = array >= low, array > high
-        return int(np.count_nonzero(larger)), torch.as_tensor((at_least ^ larger).nonzero()[0])
+        places = (at_least ^ larger).nonzero()[0]
+        return int(np.count_nonzero(larger)), torch.as_tensor(places), torch.as_tensor(array[places])
     at_least, larger = keys >= low, keys > high
-    return int(larger.count_nonzero()), (at_least ^ larger).nonzero().squeeze(1)
+    places = (at_least ^ larger).nonzero().squeeze(1)
+    return int(larger.count_nonzero()), places, keys[places]
 
 
 def _check_finite(keys: Tensor, block: Tensor) -> None:

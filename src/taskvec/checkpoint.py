@@ -1,16 +1,17 @@
 """load: checkpoints as lazy mappings.
 
-Opening reads headers only; tensors are memory-mapped, and read when asked for. Safetensors are read through the
-`safetensors` package, pickles by `torch.load(weights_only=True)`, and nothing else is ever unpickled.
+Opening reads headers only; tensors are read when asked for, in blocks. Safetensors are opened and checked by the
+`safetensors` package, pickles by `torch.load(weights_only=True)`, memory-mapped; nothing else is ever unpickled.
 """
 
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,32 +104,53 @@ def _safetensors(path: Path) -> Lazy:
     return Lazy(specs, partial(_read_file, os.fspath(path)), metadata=metadata)
 
 
+class _File(NamedTuple):
+    """A file as its header describes it: what it holds, and where each tensor's bytes begin."""
+
+    specs: dict[str, Tensor]
+    metadata: dict[str, str]
+    begin: dict[str, int]
+
+
 def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Names, shapes and dtypes of a file, and its metadata; the package checks that they fit the file."""
+    file = _described(os.fspath(path), *_stamp(path))
+    return file.specs, file.metadata
+
+
+@lru_cache(maxsize=1024)
+def _described(path: str, size: int, changed: int) -> _File:
+    """A file's header, read once; size and time in the key, so that a rewritten file is read anew.
+
+    The package checks that the header is sound and that tensors fill the file without holes, so where each begins
+    follows from their order and sizes.
+    """
+    del changed
+    specs: dict[str, Tensor] = {}
+    begin: dict[str, int] = {}
     try:
-        file = _opened(os.fspath(path), *_stamp(path))
-        specs: dict[str, Tensor] = {}
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            part = file.get_slice(name)
-            specs[name] = torch.empty(part.get_shape(), dtype=_dtype(path, name, part.get_dtype()), device="meta")
-        return specs, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{os.fspath(path)!r} is no intact safetensors file: {error}") from error
+        opened: Any = safe_open(path, framework="np")  # mapped read-only; as "pt" it could not exceed the memory
+        with opened as file:
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                specs[name] = torch.empty(part.get_shape(), dtype=_dtype(path, name, part.get_dtype()), device="meta")
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise FormatError(f"{path!r} is no intact safetensors file: {error}") from error
+    place = size - sum(_size(spec) for spec in specs.values())
+    for name, spec in specs.items():
+        begin[name] = place
+        place += _size(spec)
+    return _File(specs, metadata, begin)
 
 
-def _dtype(path: Path, name: str, code: str) -> torch.dtype:
+def _size(spec: Tensor) -> int:
+    return spec.numel() * spec.dtype.itemsize
+
+
+def _dtype(path: str, name: str, code: str) -> torch.dtype:
     if code not in DTYPES:
-        raise FormatError(f"{name!r} in {os.fspath(path)!r} has the dtype {code}, which torch cannot hold")
+        raise FormatError(f"{name!r} in {path!r} has the dtype {code}, which is not read here")
     return DTYPES[code]
-
-
-@lru_cache(maxsize=256)
-def _opened(path: str, size: int, changed: int) -> Any:
-    """A memory-mapped file, opened once; size and time in the key, so that a rewritten file is opened anew."""
-    del size, changed
-    return safe_open(path, framework="pt", device="cpu")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -137,8 +159,19 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _read_file(path: str, name: str, start: int, stop: int) -> Tensor:
-    # a view of the mapped file: nothing is copied before it is used
-    return _opened(path, *_stamp(Path(path))).get_tensor(name).reshape(-1)[start:stop]
+    # read, not mapped: as fast from the page cache, and what was read does not count as memory once it is dropped
+    file = _described(path, *_stamp(Path(path)))
+    dtype = file.specs[name].dtype
+    block = torch.empty(stop - start, dtype=dtype, device="cpu")
+    with Path(path).open("rb", buffering=0) as source:
+        source.seek(file.begin[name] + start * dtype.itemsize)
+        view = memoryview(cast("Any", block.view(torch.uint8).numpy()))
+        while view:
+            count = source.readinto(view)
+            if not count:
+                raise FormatError(f"{path!r} became shorter while it was read; copy it again")
+            view = view[count:]
+    return block
 
 
 # folders
@@ -233,12 +266,14 @@ def _unpickled(path: str, size: int, changed: int) -> dict[str, Tensor]:
 
 
 def _torch_load(path: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # an error follows where it matters
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
 
 
 def _state_dict(path: str, found: Any) -> dict[str, Tensor]:

@@ -146,13 +146,17 @@ class Total:
             for source in self._sources
         ]
 
-    def __call__(self, f: Callable[[Tensor, Place], T]) -> T:
-        """Add up what `f` returns for each block."""
+    def __call__(self, f: Callable[[Tensor, Place], T], *, every: int = 1) -> T:
+        """Add up what `f` returns for each block, or for every so-many-th one as a sample."""
         total: Any = None
+        turn = 0
         for name in self._names:
             part: Any = None
             try:
                 for at, block in self._blocks(name):
+                    turn += 1
+                    if (turn - 1) % every:
+                        continue
                     found = f(block, at)
                     part = found if part is None else part + found
             except NonFiniteError:

@@ -45,6 +45,6 @@ def cosine_matrix(vectors: Iterable[TaskVector]) -> Tensor:
     for i, norm in enumerate(numbers_in(norms)):
         if norm == 0:
             raise DegenerateError(f"no cosine: vector {i} is zero")
-    cosines = (dots / norms / norms[:, None]).clamp(-1, 1)
+    cosines = (dots / norms.outer(norms)).clamp(-1, 1)
     cosines.fill_diagonal_(1)
     return cosines

@@ -1,0 +1,383 @@
+"""load and save: what comes back, what is refused, what is left when something fails."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from taskvec import BackdoorVector, TaskVector, load, merge, save
+from taskvec import writer as writer_module
+from taskvec._errors import (
+    DegenerateError,
+    DtypeError,
+    ExistsError,
+    FormatError,
+    LocationError,
+    MissingError,
+    RangeError,
+)
+from taskvec._lazy import Lazy
+from taskvec.merges import ties
+
+
+def state(seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "a.weight": torch.randn(70, 300, generator=g),
+        "a.half": torch.randn(33, generator=g).bfloat16(),
+        "b.double": torch.randn(5, generator=g).double(),
+        "b.scalar": torch.randn((), generator=g),
+        "b.empty": torch.empty(0, 3),
+        "b.flags": torch.tensor([True, False, True]),
+        "b.count": torch.tensor(3),
+    }
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(
+        left[n].dtype == right[n].dtype and left[n].shape == right[n].shape and torch.equal(left[n], right[n]) for n in left
+    )
+
+
+# round trips
+
+
+def test_a_file_round_trips_and_other_readers_agree(tmp_path):
+    save(state(), tmp_path / "m.safetensors")
+    assert same(dict(load(tmp_path / "m.safetensors")), state())
+    assert same(load_file(tmp_path / "m.safetensors"), state())
+
+
+def test_files_of_other_writers_are_read(tmp_path):
+    save_file(state(), tmp_path / "m.safetensors", metadata={"who": "them"})
+    loaded = load(str(tmp_path / "m.safetensors"))
+    assert same(dict(loaded), state())
+    save(loaded, tmp_path / "again.safetensors", metadata={"more": "yes"})
+    assert load(tmp_path / "again.safetensors").metadata == {"who": "them", "format": "pt", "more": "yes"}
+
+
+@pytest.mark.parametrize(("size", "shards"), [(None, 1), ("1GB", 1), ("50KB", 2), (100, 3), ("1 KiB", 2)])
+def test_a_folder_round_trips_for_any_shard_size(tmp_path, size, shards):
+    save(state(), tmp_path / "m", max_shard_size=size)
+    assert same(dict(load(tmp_path / "m")), state())
+    files = list((tmp_path / "m").glob("*.safetensors"))
+    assert len(files) == shards
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists() == (shards > 1)
+
+
+def test_results_are_the_same_bits_in_memory_and_streamed(tmp_path):
+    models = [state(0), *(state(0) | {k: v for k, v in state(i).items() if v.is_floating_point()} for i in (1, 2, 3))]
+    for i, m in enumerate(models):
+        save(m, tmp_path / str(i), max_shard_size="50KB")
+    base, *tuned = (load(tmp_path / str(i)) for i in range(4))
+    for options in ({"density": 0.3, "scope": "tensor"}, {"density": 0.3, "scope": "row"}):
+        lazy = merge([TaskVector.between(base, t) for t in tuned], ties, **options).apply(base)
+        assert isinstance(lazy, Lazy)
+        save(lazy, tmp_path / "out", max_shard_size="60KB", overwrite=True)
+        eager = merge([TaskVector.between(models[0], t) for t in models[1:]], ties, **options).apply(models[0])
+        assert same(dict(load(tmp_path / "out")), eager)
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v"])
+def test_vectors_come_back_as_themselves(tmp_path, name):
+    for kind in (TaskVector, BackdoorVector):
+        v = kind({"w": torch.ones(3)}, meta={"base.layout": "abc"})
+        save(v, tmp_path / name, overwrite=True)
+        back = load(tmp_path / name)
+        assert type(back) is kind
+        assert back.is_lazy
+        assert back.meta == v.meta
+        assert back.allclose(v)
+
+
+def test_a_pickle_a_lightning_checkpoint_and_the_old_format_load(tmp_path):
+    module = nn.Linear(3, 2)
+    expected = {name: t.clone() for name, t in module.state_dict().items()}
+    torch.save(module.state_dict(), tmp_path / "m.pt")
+    torch.save({"state_dict": module.state_dict(), "epoch": 3, "lr": 0.1}, tmp_path / "m.ckpt")
+    torch.save(module.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("m.pt", "m.ckpt", "old.pth"):
+        assert same(dict(load(tmp_path / name)), expected)
+
+
+def test_tied_weights_of_a_pickle_count_once(tmp_path):
+    for i in range(2):
+        shared = torch.full((2, 2), float(i))
+        torch.save({"a": shared, "b": shared}, tmp_path / f"{i}.pt")
+    v = TaskVector.between(load(tmp_path / "0.pt"), load(tmp_path / "1.pt"))
+    assert list(v) == ["a"]
+    assert v.apply(load(tmp_path / "0.pt"))["b"].eq(1).all()
+
+
+def test_a_module_and_a_state_dict_are_copied_with_their_ties():
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    loaded = load(module)
+    assert loaded["0.weight"].data_ptr() == loaded["1.weight"].data_ptr()
+    assert loaded["0.weight"].data_ptr() != module[0].weight.data_ptr()
+    assert not loaded["0.weight"].requires_grad
+
+
+def test_opening_reads_headers_only(tmp_path):
+    """A folder whose tensors would not fit in memory opens: the files are sparse."""
+    entries = 1 << 36  # 256 GB of float32
+    header = json.dumps({"w": {"dtype": "F32", "shape": [entries], "data_offsets": [0, 4 * entries]}}).encode()
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * entries)
+    v = TaskVector.between(load(path), load(path))
+    assert "68,719,476,736 entries" in repr(v)
+    assert v.tensors.read("w", entries - 2, entries).eq(0).all()
+
+
+def test_a_rewritten_file_is_read_anew(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save({"w": torch.ones(2)}, path)
+    first = load(path)
+    assert first["w"].eq(1).all()
+    save({"w": torch.ones(2) * 2}, path, overwrite=True)
+    assert load(path)["w"].eq(2).all()
+
+
+def test_a_model_can_be_overwritten_by_what_is_computed_from_it(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save({"w": torch.arange(4.0)}, path)
+    base = load(path)
+    save(TaskVector({"w": torch.ones(4)}).apply(base), path, overwrite=True)
+    assert load(path)["w"].tolist() == [1, 2, 3, 4]
+
+
+def test_an_unknown_name_is_an_error_that_names_others(tmp_path):
+    save(state(), tmp_path / "m.safetensors")
+    with pytest.raises(MissingError, match="no tensor 'nope' here; there are 'b.double', "):
+        load(tmp_path / "m.safetensors")["nope"]
+
+
+# what is refused
+
+
+def write_index(folder: Path, weight_map: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "a\0b"])
+def test_an_index_may_not_point_out_of_its_folder(tmp_path, shard):
+    save({"w": torch.ones(1)}, tmp_path / "secret.safetensors")
+    with pytest.raises(FormatError, match="not a file of its own folder"):
+        load(write_index(tmp_path / "m", {"w": shard}))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(LocationError, match="'gone.safetensors', which is not there"):
+        load(write_index(tmp_path / "m", {"w": "gone.safetensors"}))
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, ["w"], {"w": 3}])
+def test_an_index_that_is_none_is_refused(tmp_path, weight_map):
+    with pytest.raises(FormatError, match="weight_map"):
+        load(write_index(tmp_path / "m", weight_map))
+    (tmp_path / "m" / "model.safetensors.index.json").write_text("{not json")
+    with pytest.raises(FormatError, match="no index"):
+        load(tmp_path / "m")
+
+
+def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):
+    folder = write_index(tmp_path / "m", {"w": "s.safetensors", "v": "s.safetensors"})
+    save({"w": torch.ones(1)}, folder / "s.safetensors")
+    with pytest.raises(FormatError, match="lacks 'v'"):
+        load(folder)
+    save({"w": torch.ones(1), "v": torch.ones(1), "x": torch.ones(1)}, folder / "s.safetensors", overwrite=True)
+    with pytest.raises(FormatError, match="also holds 'x'"):
+        load(folder)
+
+
+def test_an_ambiguous_folder_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="neither"):
+        load(tmp_path)
+    for name in "ab":
+        save({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(FormatError, match="2 .safetensors files and no index"):
+        load(tmp_path)
+
+
+def safetensors_bytes(header: object, body: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01",
+        b"\xff" * 8,
+        safetensors_bytes(b"{"),
+        safetensors_bytes({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 8),  # truncated
+        safetensors_bytes({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 8),  # lies on the shape
+        safetensors_bytes({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        safetensors_bytes({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        safetensors_bytes({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),  # a hole
+        safetensors_bytes({"w": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}, b"\0" * 8),
+    ],
+)
+def test_damaged_or_lying_files_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"bad\.safetensors"):
+        load(path)
+
+
+def test_a_truncated_copy_is_refused(tmp_path):
+    save(state(), tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(FormatError, match=r"cut\.safetensors"):
+        load(tmp_path / "cut.safetensors")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(1), "bomb": Bomb()}, tmp_path / "bad.pt")
+    (tmp_path / "raw.pkl").write_bytes(pickle.dumps(Bomb()))
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
+    for name in ("bad.pt", "raw.pkl", "module.pt"):
+        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+            load(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [{"w": 3}, [torch.ones(1)], {"state_dict": [1]}, 7])
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(FormatError, match="not tensors|not a state dict"):
+        load(tmp_path / "odd.pt")
+
+
+def test_a_truncated_pickle_is_refused(tmp_path):
+    torch.save(state(), tmp_path / "m.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "m.pt").read_bytes()[:-500])
+    with pytest.raises(FormatError, match=r"cut\.pt"):
+        load(tmp_path / "cut.pt")
+
+
+def test_nothing_there_is_said_with_both_readings(tmp_path):
+    with pytest.raises(LocationError, match="no file or folder here; as a name of a model on the Hub"):
+        load("org/name")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing")
+    with pytest.raises(DtypeError, match="not int"):
+        load(3)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="'a' is int"):
+        load({"a": 3})  # type: ignore[dict-item]
+
+
+def test_a_damaged_record_of_a_vector_is_refused(tmp_path):
+    for text in ("{", '{"type": "Other", "meta": {}}', "3"):
+        save({"w": torch.ones(1)}, tmp_path / "v.safetensors", metadata={"taskvec": text}, overwrite=True)
+        with pytest.raises(FormatError, match="record of a task vector"):
+            load(tmp_path / "v.safetensors")
+
+
+# what is left when something fails
+
+
+def test_an_existing_output_is_not_touched(tmp_path):
+    save({"w": torch.ones(1)}, tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    with pytest.raises(ExistsError, match="overwrite=True"):
+        save({"w": torch.zeros(1)}, tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ExistsError):
+        save({"w": torch.zeros(1)}, tmp_path / "folder")
+    with pytest.raises(ExistsError, match="other kind"):
+        save({"w": torch.zeros(1)}, tmp_path / "folder.safetensors", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "path", "options", "error"),
+    [
+        ({}, "m.safetensors", {}, DegenerateError),
+        ({"w": torch.ones(1, dtype=torch.complex64)}, "m.safetensors", {}, DtypeError),
+        ({"w": torch.ones(1)}, "none/m.safetensors", {}, LocationError),
+        ({"w": torch.ones(1)}, "m.safetensors", {"max_shard_size": "1GB"}, RangeError),
+        ({"w": torch.ones(1)}, "m", {"max_shard_size": "many"}, RangeError),
+        ({"w": torch.ones(1)}, "m", {"max_shard_size": 0}, RangeError),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path, mapping, path, options, error):
+    with pytest.raises(error):
+        save(mapping, tmp_path / path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("broken")])
+def test_a_failure_in_the_middle_loses_nothing(tmp_path, monkeypatch, name, failure):
+    save({"w": torch.ones(2), "v": torch.ones(2)}, tmp_path / name, max_shard_size=None)
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(writer_module, "_write_tensor", fail)
+    with pytest.raises(type(failure)) as caught:
+        save({"w": torch.zeros(2)}, tmp_path / name, overwrite=True)
+    if isinstance(failure, OSError):
+        assert "the disk is full" in caught.value.__notes__[0]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert load(tmp_path / name)["w"].eq(1).all()
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    save({"w": torch.ones(2)}, tmp_path / "m")
+    rename = Path.replace
+
+    def fail_second(self: Path, target: Path) -> Path:
+        if self.name == "complete":
+            raise OSError(errno.EIO, "gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_second)
+    with pytest.raises(OSError, match="gone"):
+        save({"w": torch.zeros(2)}, tmp_path / "m", overwrite=True)
+    assert load(tmp_path / "m")["w"].eq(1).all()
+
+
+KILLED = """
+import os, signal, sys, torch
+from taskvec import save, writer
+write, seen = writer._write_tensor, []
+def die(*args):
+    write(*args)
+    seen.append(1)
+    if len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+writer._write_tensor = die
+save({"a": torch.zeros(9), "b": torch.zeros(9)}, sys.argv[1], overwrite=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("name", ["m.safetensors", "m"])
+def test_a_kill_in_the_middle_never_shows_half_a_file(tmp_path, name):
+    save({"a": torch.ones(9), "b": torch.ones(9)}, tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False, capture_output=True)
+    assert done.returncode < 0, done.stderr
+    assert all(t.eq(1).all() for t in load(tmp_path / name).values())

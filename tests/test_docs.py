@@ -1,0 +1,50 @@
+"""The code in the README and the docs runs, and what the conventions page promises is tested."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = python_blocks(page.read_text("utf-8"))
+    if page.name == "index.md":
+        blocks = blocks[1:]  # the teaser; the page repeats it with everything it needs
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_a_block_that_fails_would_be_seen():
+    with pytest.raises(ZeroDivisionError):
+        exec(python_blocks("text\n```python\n1 / 0\n```\n")[0])
+
+
+def tests_here() -> set[str]:
+    trees = [ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.glob("test_*.py")]
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_row_of_the_conventions_names_tests_that_exist():
+    rows = [line for line in (ROOT / "docs" / "conventions.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    for row in rows[2:]:
+        named = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
+        assert named, row
+        assert set(named) <= tests_here(), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_of_a_page_exist(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target

@@ -1,0 +1,114 @@
+"""Metrics and their controls."""
+
+import pytest
+import torch
+from torch import nn
+
+from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from taskvec.evaluate import Rate, accuracy, attack_success_rate, measure, recalibrate, sweep
+
+EYE, LABELS = torch.eye(4), torch.arange(4)
+
+
+def identity(images):
+    return images
+
+
+def test_wilson_intervals_are_the_textbook_ones():
+    low, high = Rate(8, 10).interval
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert Rate(0, 10).interval[0] == pytest.approx(0)
+    assert Rate(10, 10).interval[1] == pytest.approx(1)
+    assert repr(Rate(1, 2)) == "0.500 [0.095, 0.905] n=2"
+
+
+def test_accuracy_counts_in_batches_and_takes_logits_or_classes():
+    for batch in (1, 3, 100):
+        assert accuracy(identity, EYE, LABELS, batch=batch) == Rate(4, 4)
+    assert accuracy(lambda x: x.argmax(1), EYE, torch.zeros(4, dtype=torch.long)) == Rate(1, 4)
+
+
+def test_success_leaves_out_images_of_the_target_class_only():
+    rate = attack_success_rate(identity, EYE, LABELS, target=2, trigger=lambda x: x + torch.tensor([0, 0, 9.0, 0]))
+    assert rate == Rate(3, 3)
+    assert attack_success_rate(identity, EYE, LABELS, target=2, trigger=identity) == Rate(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: accuracy(identity, EYE[:0], LABELS[:0]), DegenerateError, "no images"),
+        (lambda: accuracy(identity, EYE, LABELS[:3]), MismatchError, "one integer an image"),
+        (lambda: accuracy(identity, EYE, LABELS.float()), MismatchError, "one integer an image"),
+        (lambda: accuracy(lambda x: x[:1], EYE, LABELS), MismatchError, "predict returned"),
+        (lambda: accuracy(lambda x: x * float("nan"), EYE, LABELS), NonFiniteError, "logits"),
+        (lambda: attack_success_rate(identity, EYE, LABELS, target=9, trigger=identity), RangeError, "9 is not one of 4"),
+        (
+            lambda: attack_success_rate(identity, EYE, LABELS * 0, target=0, trigger=identity),
+            DegenerateError,
+            "nothing to attack",
+        ),
+        (
+            lambda: attack_success_rate(identity, EYE, LABELS, target=0, trigger=lambda x: x[:, :2]),
+            MismatchError,
+            "trigger made images",
+        ),
+        (lambda: sweep([], float, float), DegenerateError, "no scales"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_measure_gives_the_attack_and_every_control_in_one_row():
+    tasks = {"mnist": (EYE, LABELS), "other": (EYE.flip(0), LABELS)}
+    shift = torch.tensor([9.0, 0, 0, 0])
+
+    def predict(model, images, task):
+        stamped = images.amax() > 1
+        return images + (shift * model if stamped else 0)
+
+    row = measure(
+        predict,
+        tasks,
+        model=1.0,
+        clean_merge=0.0,
+        clean=0.0,
+        base=0.0,
+        attacked="mnist",
+        target=0,
+        trigger=lambda x: x * 2,
+    )
+    assert (row.asr, row.on_clean_merge, row.on_clean, row.on_base) == (Rate(3, 3), Rate(0, 3), Rate(0, 3), Rate(0, 3))
+    assert row.gain == 1
+    assert (row.ca, row.ba) == (0.5, 0.5)
+    for part in ("ASR 1.000", "gain +1.000", "base 0.000", "2 tasks", "n=3"):
+        assert part in repr(row)
+    with pytest.raises(MismatchError, match="'letters' is not among"):
+        measure(predict, tasks, model=1, clean_merge=0, clean=0, base=0, attacked="letters", target=0, trigger=identity)
+
+
+def test_sweep_keeps_the_order_and_every_model_is_made_when_it_is_scored():
+    made = []
+
+    def model_at(scale):
+        made.append(scale)
+        return scale
+
+    found = sweep([1.0, 0.0], model_at, lambda model: (model, len(made)))
+    assert list(found.items()) == [(1.0, (1.0, 1)), (0.0, (0.0, 2))]
+
+
+def test_recalibrate_measures_the_statistics_and_leaves_the_rest():
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
+    batches = [torch.randn(64, 2) for _ in range(4)]
+    weight = module[0].weight.clone()
+    recalibrate(module, batches)
+    expected = torch.stack([module[0](batch).mean(0) for batch in batches]).mean(0)
+    assert torch.allclose(module[1].running_mean, expected, atol=1e-5)
+    assert not module.training
+    assert module[1].momentum == 0.1
+    assert torch.equal(module[0].weight, weight)
+    with pytest.raises(DegenerateError, match="no batches"):
+        recalibrate(module, [])
