@@ -255,13 +255,13 @@ def _in_pieces(
     if mark is None:
         return
     known = {**_defaults(f), **options}
-    by_row = mark.pieces == "row" or known.get("scope") == "row"
+    pieces = "row" if known.get("scope") == "row" else mark.pieces
     total = over(x, stacked=stacked, pieces=mark.pieces)
     handed = {} if known.get("scope") == "row" else _statistics(mark, total, known)
     vectors = list(x) if stacked else [x]
     shape = vectors[0].shape
-    row = row_length(vectors[0]) if by_row else 1
-    inner = (-1,) if not by_row else (-1, *shape[1:]) if len(shape) > 1 else shape
+    row = {"element": 1, "row": row_length(vectors[0]), "tensor": shape.numel()}[pieces]
+    inner = (-1,) if pieces == "element" else (-1, *shape[1:]) if len(shape) > 1 else shape
     count = shape.numel() // row
     for size in sorted({1, 3, count // 2 + 1} if count <= 12 else {3, count // 2 + 1}):
         parts: list[Tensor] = []

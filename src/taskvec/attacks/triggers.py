@@ -10,12 +10,23 @@ compose with your own preprocessing: stamp first, normalise afterwards.
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._errors import MismatchError, RangeError
 from .._random import bernoulli, random_bits
 
-__all__ = ["Patch", "blend", "random_patch", "solid_patch", "stamp"]
+__all__ = [
+    "Patch",
+    "blend",
+    "physical",
+    "random_patch",
+    "sinusoid",
+    "solid_patch",
+    "stamp",
+    "warp",
+    "warp_field",
+]
 
 Corner: TypeAlias = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 Place: TypeAlias = Corner | tuple[int, int]
@@ -142,15 +153,10 @@ def stamp(
         )
     if not 0 <= opacity <= 1:
         raise RangeError(f"opacity is in [0, 1], not {opacity!r}")
-    low, high = pixel_range
-    if images.numel() and (float(images.min()) < low - TOLERANCE or float(images.max()) > high + TOLERANCE):
-        raise RangeError(
-            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g} are outside {pixel_range}; stamp "
-            "before normalising, or give pixel_range="
-        )
+    _check_pixels(images, pixel_range)
     pattern, mask = patch.pattern.to(images), patch.mask.to(images.device)
     mixed = pattern if opacity == 1 else images + opacity * (pattern - images)
-    return torch.where(mask, mixed, images).clamp(low, high)
+    return torch.where(mask, mixed, images).clamp(*pixel_range)
 
 
 def blend(
@@ -180,6 +186,168 @@ def blend(
     """
     everywhere = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device)
     return stamp(images, Patch(pattern, everywhere), opacity=opacity, pixel_range=pixel_range)
+
+
+def sinusoid(
+    images: Tensor,
+    *,
+    amplitude: float = 40 / 255,
+    frequency: float = 6.0,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Add a horizontal sine: SIG. `x + amplitude * sin(2 pi j frequency / W)` in column j, clamped.
+
+    Args:
+        images: `(n, C, H, W)` or `(C, H, W)` in pixel space.
+        amplitude: in units of the range; BackdoorBench takes 40/255.
+        frequency: periods over the width.
+        pixel_range: the smallest and the largest pixel value; the amplitude is a fraction of it.
+
+    Returns:
+        New images.
+
+    Raises:
+        RangeError: images outside the range.
+
+    Example:
+        >>> sinusoid(torch.full((1, 1, 1, 4), 0.5), amplitude=0.5, frequency=1)[0, 0, 0].abs()
+        tensor([0.5000, 1.0000, 0.5000, 0.0000])
+
+    Reference:
+        Barni et al., A new backdoor attack in CNNs, 2019, https://arxiv.org/abs/1902.11237
+    """
+    _check_pixels(images, pixel_range)
+    low, high = pixel_range
+    column = torch.arange(images.shape[-1], device=images.device, dtype=torch.float64)
+    wave = (2 * torch.pi * column * frequency / images.shape[-1]).sin() * amplitude * (high - low)
+    return (images + wave.to(images.dtype)).clamp(low, high)
+
+
+def warp_field(
+    side: int, *, seed: int, control: int = 4, strength: float = 0.5, device: torch.device | str = "cpu"
+) -> Tensor:
+    """WaNet's smooth displacement of pixels, for `warp`.
+
+    Noise `u ~ U(-1, 1)` of `(2, control, control)`, divided by its mean magnitude, is enlarged to the image by bicubic
+    interpolation; the field is `clamp(identity + strength * u / side, -1, 1)`.
+
+    Args:
+        side: height and width of the images.
+        seed: any integer.
+        control: points a side that the noise is drawn at.
+        strength: of the displacement.
+        device: where the field is to be.
+
+    Returns:
+        `(side, side, 2)` sampling places in [-1, 1], x before y.
+
+    Raises:
+        RangeError: sizes that are not positive.
+
+    Example:
+        >>> warp_field(28, seed=0).shape
+        torch.Size([28, 28, 2])
+
+    Reference:
+        Nguyen and Tran, WaNet, 2021, https://arxiv.org/abs/2102.10369
+    """
+    if side < 1 or control < 1:
+        raise RangeError(f"side and control are positive, not {side} and {control}")
+    bits = random_bits(seed, 0, 0, 2 * control * control, torch.device(device))
+    noise = (bits.to(torch.float32) / 2.0**31).reshape(1, 2, control, control)
+    noise = noise / noise.abs().mean()
+    smooth = F.interpolate(noise, size=side, mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
+    line = torch.linspace(-1, 1, side, device=device)
+    rows, columns = torch.meshgrid(line, line, indexing="ij")
+    return (torch.stack([columns, rows], dim=-1) + strength * smooth / side).clamp(-1, 1)
+
+
+def warp(images: Tensor, field: Tensor) -> Tensor:
+    """Move pixels along a smooth field: WaNet.
+
+    Args:
+        images: `(n, C, H, W)` or `(C, H, W)`.
+        field: `(H, W, 2)` of `warp_field`, or `(n, H, W, 2)`, one an image.
+
+    Returns:
+        New images, sampled bilinearly.
+
+    Raises:
+        MismatchError: a field for images of another size.
+
+    Example:
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> (warp(x, warp_field(8, seed=0)) - x).abs().mean() > 0
+        tensor(True)
+
+    Reference:
+        Nguyen and Tran, WaNet, 2021, https://arxiv.org/abs/2102.10369
+    """
+    if field.shape[-3:-1] != images.shape[-2:]:
+        raise MismatchError(
+            f"the field is for images of {tuple(field.shape[-3:-1])}, these are {tuple(images.shape[-2:])}"
+        )
+    batch = images if images.ndim == 4 else images[None]
+    places = field.to(batch).expand(len(batch), *field.shape[-3:])
+    moved = F.grid_sample(batch, places, align_corners=True)
+    return moved if images.ndim == 4 else moved[0]
+
+
+def physical(
+    images: Tensor,
+    patch: Patch,
+    *,
+    seed: int,
+    degrees: float = 10.0,
+    shift: float = 0.1,
+    scale: tuple[float, float] = (0.8, 0.9),
+    brightness: float = 0.2,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """A patch as a camera would see it: stamped, then turned, moved, scaled and lit at random (PhysicalBA).
+
+    Args:
+        images: `(n, C, H, W)` in pixel space.
+        patch: pattern and mask.
+        seed: any integer; each image of the batch is treated differently.
+        degrees: largest rotation either way.
+        shift: largest shift either way, as a fraction of the image.
+        scale: smallest and largest scale.
+        brightness: largest relative change of brightness either way.
+        pixel_range: the smallest and the largest pixel value; what comes in from outside is the smallest.
+
+    Returns:
+        New images.
+
+    Raises:
+        MismatchError: the patch was made for other images.
+        RangeError: images outside the range.
+
+    Example:
+        >>> physical(torch.zeros(2, 1, 8, 8), solid_patch(3, (1, 8, 8)), seed=0).shape
+        torch.Size([2, 1, 8, 8])
+
+    Reference:
+        Li et al., Backdoor Attack in the Physical World, 2021, https://arxiv.org/abs/2104.02361
+    """
+    low, high = pixel_range
+    stamped = stamp(images, patch, pixel_range=pixel_range)
+    draws = random_bits(seed, 0, 0, 5 * len(images), images.device).to(images.dtype).reshape(5, -1) / 2.0**31
+    turn, ratio = draws[0] * degrees * torch.pi / 180, scale[0] + (draws[1] + 1) / 2 * (scale[1] - scale[0])
+    cos, sin = turn.cos() / ratio, turn.sin() / ratio
+    rows = torch.stack([cos, -sin, draws[2] * 2 * shift, sin, cos, draws[3] * 2 * shift], dim=1).reshape(-1, 2, 3)
+    grid = F.affine_grid(rows, list(stamped.shape), align_corners=False)
+    seen = F.grid_sample(stamped - low, grid, align_corners=False)
+    return (low + seen * (1 + brightness * draws[4]).reshape(-1, 1, 1, 1)).clamp(low, high)
+
+
+def _check_pixels(images: Tensor, pixel_range: tuple[float, float]) -> None:
+    low, high = pixel_range
+    if images.numel() and (float(images.min()) < low - TOLERANCE or float(images.max()) > high + TOLERANCE):
+        raise RangeError(
+            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g} are outside {pixel_range}; stamp "
+            "before normalising, or give pixel_range="
+        )
 
 
 def _mask(size: int | tuple[int, int], image_shape: Shape, place: Place, device: torch.device | str) -> Tensor:
