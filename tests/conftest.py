@@ -2,5 +2,5 @@
 
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=15, database=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=10, database=None)
 settings.load_profile("repeatable")

@@ -124,19 +124,19 @@ def of_table(rows: list[Row]) -> Any:
 
 
 @pytest.mark.parametrize("module", [sparsify, signs, merges, sphere], ids=lambda module: module.__name__)
-def test_every_public_rule_has_a_row(module: Any) -> None:
+def test_every_public_rule_has_a_row(module):
     here = {row.name for row in ROWS}
     assert [name for name in module.__all__ if name not in here] == []
 
 
-def test_every_preset_has_a_row() -> None:
+def test_every_preset_has_a_row():
     assert set(presets.__all__) == set(PRESETS)
 
 
 @of_table(ROWS)
-def test_the_contract_holds(row: Row) -> None:
+def test_the_contract_holds(row):
     @given(inputs(row))
-    def holds(x: Tensor) -> None:
+    def holds(x):
         if usable(row, x):
             check = testing.check_leaf if row.kind == "leaf" else testing.check_rule
             check(row.function, x, **row.options)
@@ -149,9 +149,9 @@ def test_the_contract_holds(row: Row) -> None:
     [(row, law) for row in ROWS for law in (ODD, PERMUTATION, SCALE) if law in row.laws],
     ids=lambda value: label(value) if isinstance(value, Row) else value.__name__,
 )
-def test_the_law_holds(row: Row, law: Callable[..., None]) -> None:
+def test_the_law_holds(row, law):
     @given(inputs(row, exact=True, dtype=torch.float32) | inputs(row, exact=True, dtype=torch.float64))
-    def holds(x: Tensor) -> None:
+    def holds(x):
         if usable(row, x):
             law(row.function, x, **row.options)
 
@@ -185,18 +185,20 @@ EXEMPT: list[tuple[Row, Callable[..., None], list[Any]]] = [
     EXEMPT,
     ids=[f"{label(row)}-{law.__name__}" for row, law, _ in EXEMPT],
 )
-def test_the_law_fails_where_a_row_does_not_name_it(row: Row, law: Callable[..., None], values: list[Any]) -> None:
+def test_the_law_fails_where_a_row_does_not_name_it(row, law, values):
     with pytest.raises(AssertionError, match=r"not (odd|invariant|equivariant)"):
         law(row.function, torch.tensor(values), **row.options)
 
 
-def test_each_exemption_has_a_case() -> None:
+def test_each_exemption_has_a_case():
     shown = {(row.name, law) for row, law, _ in EXEMPT}
-    missing = {(row.name, law.__name__) for row in ROWS for law in LAWS[row.kind] - row.laws if (row.name, law) not in shown}
+    missing = {
+        (row.name, law.__name__) for row in ROWS for law in LAWS[row.kind] - row.laws if (row.name, law) not in shown
+    }
     assert missing == set()
 
 
-def test_elect_agreement_and_consistent_do_not_change_with_scale() -> None:
+def test_elect_agreement_and_consistent_do_not_change_with_scale():
     stack = torch.tensor(TRIPLE)
     for function in (signs.elect, signs.agreement, signs.consistent):
         assert torch.equal(function(stack * 4), function(stack))
@@ -232,9 +234,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("leaf", "options", "expected"), ENDS)
-def test_at_the_ends_of_its_range_a_leaf_keeps_all_or_nothing(
-    leaf: Callable[..., Tensor], options: dict[str, Any], expected: str
-) -> None:
+def test_at_the_ends_of_its_range_a_leaf_keeps_all_or_nothing(leaf, options, expected):
     x = torch.tensor([[3.0, -1.0, 0.5], [0.0, -2.0, 3.0]])
     wanted = x if expected == IDENTITY else torch.zeros_like(x)
     assert torch.equal(leaf(x, **options), wanted)
@@ -254,9 +254,7 @@ def test_at_the_ends_of_its_range_a_leaf_keeps_all_or_nothing(
         (merges.della, {"density": 1.0, "epsilon": 0.0, "seed": 1}, voted_mean),
     ],
 )
-def test_at_density_0_a_merge_gives_zeros_and_at_1_it_trims_nothing(
-    rule: Callable[..., Tensor], options: dict[str, Any], expected: Callable[..., Tensor] | None
-) -> None:
+def test_at_density_0_a_merge_gives_zeros_and_at_1_it_trims_nothing(rule, options, expected):
     stack = torch.tensor([TRIPLE, TRIPLE[::-1]]).transpose(0, 1)
     wanted = torch.zeros_like(stack[0]) if expected is None else expected(stack)
     assert torch.equal(rule(stack, **options), wanted)
@@ -287,25 +285,32 @@ def test_at_density_0_a_merge_gives_zeros_and_at_1_it_trims_nothing(
         (sphere.model_stock, {"scope": "row"}),
     ],
 )
-def test_an_option_outside_its_range_is_refused(function: Callable[..., Tensor], options: dict[str, Any]) -> None:
+def test_an_option_outside_its_range_is_refused(function, options):
     x = torch.tensor(PAIR)
     with pytest.raises(ValueError, match=r"."):
         function(x, **options)
 
 
-def test_weights_that_sum_to_zero_have_no_mean() -> None:
+def test_a_majority_over_rows_is_refused():
+    """It would be one over whatever rows come in one piece."""
+    for rule in (signs.elect, merges.ties):
+        with pytest.raises(ValueError, match="majority over rows"):
+            rule(torch.tensor(PAIR), scope="row", zero="majority")
+
+
+def test_weights_that_sum_to_zero_have_no_mean():
     with pytest.raises(ValueError, match="sum to zero"):
         merges.mean(torch.tensor(PAIR), weights=[1, -1])
 
 
-def test_slerp_refuses_other_than_two_and_a_zero_vector() -> None:
+def test_slerp_refuses_other_than_two_and_a_zero_vector():
     with pytest.raises(ValueError, match="not 3"):
         sphere.slerp(torch.tensor(TRIPLE), 0.5)
     with pytest.raises(ValueError, match="zero vector"):
         sphere.slerp(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0.5)
 
 
-def test_model_stock_refuses_one_vector() -> None:
+def test_model_stock_refuses_one_vector():
     with pytest.raises(ValueError, match="at least two"):
         sphere.model_stock(torch.tensor(PAIR[:1]))
 
@@ -318,14 +323,14 @@ def refuse(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (2, 0, 3)])
-def test_an_empty_tensor_is_returned_and_the_rule_not_called(shape: tuple[int, ...]) -> None:
+def test_an_empty_tensor_is_returned_and_the_rule_not_called(shape):
     empty = torch.empty(shape)
     assert merge([{"x": empty}, {"x": empty}], refuse)["x"].shape == shape
     assert TaskVector({"x": empty}).map(refuse)["x"].shape == shape
 
 
 @of_table(ROWS)
-def test_an_empty_tensor_among_others_changes_nothing(row: Row) -> None:
+def test_an_empty_tensor_among_others_changes_nothing(row):
     full = torch.tensor([TRIPLE[i % 3] for i in range(row.n or 3)]) if row.kind == "rule" else torch.tensor(PAIR[0])
     if row.kind == "leaf":
         alone = TaskVector({"x": full}).map(row.function, **row.options)
@@ -349,7 +354,7 @@ def lazy(tensors: dict[str, Tensor]) -> Lazy:
 
 
 @of_table(ROWS)
-def test_a_rule_makes_nothing_on_the_default_device(row: Row) -> None:
+def test_a_rule_makes_nothing_on_the_default_device(row):
     torch.manual_seed(0)
     x = torch.randn(4, 5) if row.kind == "leaf" else torch.randn(row.n or 8, 4, 5)
     everyday = row.function(x, **row.options)
@@ -365,7 +370,7 @@ def test_a_rule_makes_nothing_on_the_default_device(row: Row) -> None:
     assert testing.same_bits(*through)
 
 
-def test_that_device_check_can_fail() -> None:
+def test_that_device_check_can_fail():
     x = torch.ones(2)
     with torch.device("meta"), pytest.raises(RuntimeError):
         torch.where(x > 0, x, torch.zeros(2))
@@ -375,38 +380,38 @@ def test_that_device_check_can_fail() -> None:
 
 
 @given(testing.stacks(dtype=torch.float32))
-def test_ties_is_its_parts_bit_for_bit(stack: Tensor) -> None:
+def test_ties_is_its_parts_bit_for_bit(stack):
     trimmed = torch.stack([sparsify.topk(x, 0.4) for x in stack])
     assert testing.same_bits(merges.ties(stack, 0.4), disjoint_mean(trimmed, elect(trimmed)))
 
 
 @given(testing.stacks(dtype=torch.float32))
-def test_dare_is_the_sum_of_vectors_dropped_by_their_own_seeds(stack: Tensor) -> None:
+def test_dare_is_the_sum_of_vectors_dropped_by_their_own_seeds(stack):
     vectors = [TaskVector({"x": x}).map(sparsify.drop, density=0.4, seed=fold(3, i)) for i, x in enumerate(stack)]
     merged = merge([TaskVector({"x": x}) for x in stack], merges.dare, density=0.4, seed=3)
     assert testing.same_bits(merge(vectors, merges.total)["x"], merged["x"])
 
 
 @given(testing.stacks(dtype=torch.float32))
-def test_della_is_its_parts(stack: Tensor) -> None:
+def test_della_is_its_parts(stack):
     seeds = [fold(3, i) for i in range(len(stack))]
     dropped = torch.stack([sparsify.rank_drop(x, 0.4, 0.2, seed=s) for x, s in zip(stack, seeds, strict=True)])
     assert testing.same_bits(merges.della(stack, 0.4, 0.2, seed=3), disjoint_mean(dropped, elect(dropped)))
 
 
 @given(testing.stacks(dtype=torch.float32))
-def test_breadcrumbs_is_the_sum_of_bands(stack: Tensor) -> None:
+def test_breadcrumbs_is_the_sum_of_bands(stack):
     banded = torch.stack([sparsify.band(x, 0.5, 0.25) for x in stack])
     assert testing.same_bits(merges.breadcrumbs(stack, 0.5, 0.25), merges.total(banded))
 
 
-def test_a_nan_shows_in_magmax_wherever_it_stands() -> None:
+def test_a_nan_shows_in_magmax_wherever_it_stands():
     nan = float("nan")
     assert bool(merges.magmax(torch.tensor([[nan, 1.0, 2.0], [1.0, nan, 3.0], [5.0, 7.0, 1.0]]))[:2].isnan().all())
 
 
 @pytest.mark.parametrize("kept", [-1.0, 1.0])
-def test_a_single_vector_merged_by_ties_is_its_own_trim(kept: float) -> None:
+def test_a_single_vector_merged_by_ties_is_its_own_trim(kept):
     x = torch.tensor([3.0, -1.0, 0.5, 2.0]) * kept
     assert torch.equal(merges.ties(x[None], 0.5), sparsify.topk(x, 0.5))
 
@@ -415,16 +420,16 @@ def test_a_single_vector_merged_by_ties_is_its_own_trim(kept: float) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_keeps_the_contract(name: str) -> None:
+def test_a_preset_keeps_the_contract(name):
     @given(testing.stacks())
-    def holds(stack: Tensor) -> None:
+    def holds(stack):
         testing.check_rule(getattr(presets, name), stack, **PRESETS[name])
 
     holds()
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_pickles_and_shows_its_arguments(name: str) -> None:
+def test_a_preset_pickles_and_shows_its_arguments(name):
     preset = getattr(presets, name)
     stack = torch.tensor(TRIPLE)
     again = pickle.loads(pickle.dumps(preset))
@@ -436,10 +441,10 @@ def test_a_preset_pickles_and_shows_its_arguments(name: str) -> None:
 
 
 @of_table(ROWS)
-def test_a_rule_takes_its_options_by_name_and_none_in_a_bag(row: Row) -> None:
+def test_a_rule_takes_its_options_by_name_and_none_in_a_bag(row):
     parameters = inspect.signature(row.function).parameters.values()
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
     known = {"agree", "at", "by", "count", "density", "epsilon", "outliers", "reduce", "rescale", "scope", "seed", "t",
              "threshold", "weighted_vote", "weights", "zero"}  # fmt: skip
-    handed = set(getattr(row.function, "__taskvec_mark__").statistics)
+    handed = set(row.function.__taskvec_mark__.statistics)
     assert {p.name for p in parameters} - known - handed <= {"x", "stack"}

@@ -170,7 +170,7 @@ AGREE: list[tuple[str, Callable[[Vectors, Arguments], Any], bool, set[str]]] = [
 MASKED = ("dare", "della")  # run with their own masks, below
 
 
-def test_every_file_is_used() -> None:
+def test_every_file_is_used():
     here = {path.stem for path in FOLDER.glob("*.json")}
     assert here == {file for file, *_ in AGREE} | set(MASKED)
 
@@ -180,12 +180,12 @@ def test_every_file_is_used() -> None:
     [(file, name, f, bits) for file, f, bits, apart in AGREE for name in cases_of(file) if name not in apart],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_ours_agrees(file: str, name: str, ours: Callable[[Vectors, Arguments], Any], bits: bool) -> None:
+def test_ours_agrees(file, name, ours, bits):
     case = golden(file, name)
     assert apart(ours(case.vectors, case.arguments), case.output, bits=bits) == {}
 
 
-def test_a_difference_would_be_seen() -> None:
+def test_a_difference_would_be_seen():
     case = golden("ties_peft", "distinct-weights_1_1_1-total")
     found = merge(case.vectors, ties, density=0.4, scope="tensor")
     assert set(apart(found, case.output)) == {"matrix", "bias", "conv"}
@@ -193,11 +193,9 @@ def test_a_difference_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "density"), [("ties_reference", lambda a: a["K"] / 100), ("ties_mergelm", lambda a: 17.5 / 82)]
+    ("file", "density"), [("ties_reference", lambda a: a["K"] / 100), ("ties_mergelm", lambda _: 17.5 / 82)]
 )
-def test_the_reference_count_keeps_as_many_as_the_authors_code(
-    file: str, density: Callable[[Arguments], float]
-) -> None:
+def test_the_reference_count_keeps_as_many_as_the_authors_code(file, density):
     for name in cases_of(file):
         case = golden(file, name)
         trimmed = [v.map(topk, density=density(case.arguments), count="reference") for v in case.vectors]
@@ -207,7 +205,7 @@ def test_the_reference_count_keeps_as_many_as_the_authors_code(
 # Deviations, each of which the docstrings tell
 
 
-def test_ties_where_even_the_majority_is_tied_keeps_nobody() -> None:
+def test_ties_where_even_the_majority_is_tied_keeps_nobody():
     """Theirs keeps the negatives there; everywhere else the two agree."""
     case = golden("ties_reference", "majority_none")
     ours, theirs = ties_reference(case.vectors, case.arguments)["bias"], case.output["bias"]
@@ -218,7 +216,7 @@ def test_ties_where_even_the_majority_is_tied_keeps_nobody() -> None:
     assert float(theirs[tied]) == -0.25
 
 
-def test_ties_where_the_agreeing_weights_sum_to_zero_gives_zero() -> None:
+def test_ties_where_the_agreeing_weights_sum_to_zero_gives_zero():
     """mergekit leaves such a sum undivided; everywhere else the two agree."""
     case = golden("ties_mergekit", "distinct-weights_1_-0.5_0.5-normalize")
     ours = ties_mergekit(case.vectors, case.arguments)
@@ -230,7 +228,7 @@ def test_ties_where_the_agreeing_weights_sum_to_zero_gives_zero() -> None:
         assert torch.equal(undivided[name][differ[name]], theirs[differ[name]])
 
 
-def test_breadcrumbs_of_more_than_everything_keeps_fewer() -> None:
+def test_breadcrumbs_of_more_than_everything_keeps_fewer():
     """Where the fractions exceed the tensor, mergekit drops fewer outliers: 45 + 4 > 48, so 3."""
     case = golden("breadcrumbs_mergekit", "distinct-crowded")
     ours = breadcrumbs_mergekit(case.vectors, case.arguments)
@@ -239,13 +237,13 @@ def test_breadcrumbs_of_more_than_everything_keeps_fewer() -> None:
     assert apart(theirs, case.output) == {}
 
 
-def test_breadcrumbs_reference_on_a_convolution_depends_on_what_a_row_is() -> None:
+def test_breadcrumbs_reference_on_a_convolution_depends_on_what_a_row_is():
     case = golden("breadcrumbs_reference", "keep0.5-remove0.25")
     ours = merge(case.vectors, presets.breadcrumbs_reference, density=0.5, outliers=0.25)
     assert set(apart(ours, case.output)) == {"conv"}
 
 
-def test_slerp_with_a_zero_vector_is_refused() -> None:
+def test_slerp_with_a_zero_vector_is_refused():
     """mergekit takes the angle to be a right one."""
     case = golden("slerp_mergekit", "zero")
     with pytest.raises(ValueError, match="zero vector"):
@@ -254,14 +252,14 @@ def test_slerp_with_a_zero_vector_is_refused() -> None:
     assert apart(case.vectors[0] * factor, case.output, bits=False) == {}
 
 
-def test_model_stock_of_vectors_that_disagree_is_zero() -> None:
+def test_model_stock_of_vectors_that_disagree_is_zero():
     """The formula extrapolates backwards, and mergekit follows it; everywhere else the two agree."""
     case = golden("model_stock", "distinct-mergekit")
     assert case.extra["factor"]["matrix"] < 0
     assert apart(stock(case.vectors, case.arguments), case.output | {"matrix": torch.zeros(6, 8)}, bits=False) == {}
 
 
-def test_model_stock_filter_by_filter_is_zero_only_where_a_filter_disagrees() -> None:
+def test_model_stock_filter_by_filter_is_zero_only_where_a_filter_disagrees():
     case = golden("model_stock", "agreeing-mergekit-filter_wise")
     found = stock(case.vectors, case.arguments)
     assert apart(found, case.output, bits=False) != {}
@@ -275,7 +273,7 @@ def test_model_stock_filter_by_filter_is_zero_only_where_a_filter_disagrees() ->
 
 
 @pytest.mark.parametrize("name", ["agreeing-fusion_bench", "distinct-fusion_bench"])
-def test_fusion_bench_averages_angles_in_place_of_cosines(name: str) -> None:
+def test_fusion_bench_averages_angles_in_place_of_cosines(name):
     case = golden("model_stock", name)
     ours = merge(case.vectors, model_stock)
     for tensor, theirs in case.output.items():
@@ -307,7 +305,7 @@ def with_mask(monkeypatch: pytest.MonkeyPatch, mask: Tensor) -> None:
     """Random bits that keep what the mask keeps, whatever the probability (in (0, 1))."""
     lowest, highest = -(1 << 31), (1 << 31) - 1
     bits = torch.where(mask.bool(), lowest, highest).to(torch.int32)
-    monkeypatch.setattr(Place, "bits", lambda at, seed, like: bits.flatten()[at.start :][: like.numel()].view_as(like))
+    monkeypatch.setattr(Place, "bits", lambda at, _, like: bits.flatten()[at.start :][: like.numel()].view_as(like))
 
 
 DARE = {
@@ -321,12 +319,12 @@ DELLA = {
 }
 
 
-def test_every_dare_case_is_listed() -> None:
+def test_every_dare_case_is_listed():
     assert set(cases_of("dare")) == set(DARE)
 
 
 @pytest.mark.parametrize("name", DARE)
-def test_dare_given_the_mask_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dare_given_the_mask_agrees(name, monkeypatch):
     case = golden("dare", name)
     leaf = DARE[name](case.arguments)
     for tensor, theirs in case.output.items():
@@ -339,7 +337,7 @@ def test_dare_given_the_mask_agrees(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", cases_of("della"))
-def test_della_given_the_mask_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_della_given_the_mask_agrees(name, monkeypatch):
     case = golden("della", name)
     leaf = DELLA[case.arguments["code"]](case.arguments)
     for tensor, theirs in case.output.items():
@@ -351,7 +349,7 @@ def test_della_given_the_mask_agrees(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", cases_of("della"))
-def test_della_keeps_each_entry_with_their_probability(name: str) -> None:
+def test_della_keeps_each_entry_with_their_probability(name):
     """A survivor is divided by its probability, so that it can be read off; a few seeds keep everything once."""
     case = golden("della", name)
     leaf = partial(DELLA[case.arguments["code"]](case.arguments), rescale="density")
@@ -364,12 +362,12 @@ def test_della_keeps_each_entry_with_their_probability(name: str) -> None:
         torch.testing.assert_close(found, theirs, rtol=CLOSE, atol=CLOSE)
 
 
-def test_a_drop_without_the_stored_mask_would_differ() -> None:
+def test_a_drop_without_the_stored_mask_would_differ():
     case = golden("dare", "peft")
     assert set(apart(case.vectors[0].map(drop, density=0.3, seed=0), case.output)) == {"matrix", "bias", "conv"}
 
 
-def test_weights_and_divisors_differ_between_implementations() -> None:
+def test_weights_and_divisors_differ_between_implementations():
     """The rows above would not tell PEFT from mergekit if these were the same."""
     case = golden("ties_mergekit", "distinct-weights_0.8_0.2_0.5-normalize")
     how = {"density": case.arguments["density"], "weights": case.arguments["weight"]}

@@ -1,5 +1,7 @@
 """Random bits: a function of (seed, name, flat index) only, and random enough for masks."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,21 +32,29 @@ def chi_square(counts: Tensor) -> float:
 # the same for ever: a mask that changed would change published results silently
 
 
-def test_the_first_bits_never_change() -> None:
+def test_the_first_bits_never_change():
     assert bits(0, "", 0, 4).tolist() == [-912541833, -946811821, -549354222, 832314559]
     assert bits(7, "encoder.weight", 1000, 4).tolist() == [-1378729430, -2008735286, -1007097872, 731577133]
-    assert order_at(key_of("w"), torch.arange(3)).tolist() == [5214118079250774816, 7865142022078919001, 7896820070236179333]
+    assert order_at(key_of("w"), torch.arange(3)).tolist() == [
+        5214118079250774816,
+        7865142022078919001,
+        7896820070236179333,
+    ]
     assert [fold(0, 1), fold(3, 0), fold(-1, -1)] == [7359998640416684799, 1150187422431486483, 4193050897753921253]
     assert key_of("w") == 2347026877809978270
 
 
-def test_the_first_masks_never_change() -> None:
+def test_the_first_masks_never_change():
     kept = drop(torch.ones(24), 0.5, seed=1, rescale=None).int().tolist()
     assert "".join(map(str, kept)) == "000101001000010100100001"
 
 
-def test_the_first_normal_numbers_never_change() -> None:
-    assert normal([1, 2, 3], key_of("w"), 0, 3, CPU).tolist() == [-1.7135601043701172, 1.17751145362854, 0.3869795501232147]
+def test_the_first_normal_numbers_never_change():
+    assert normal([1, 2, 3], key_of("w"), 0, 3, CPU).tolist() == [
+        -1.7135601043701172,
+        1.17751145362854,
+        0.3869795501232147,
+    ]
 
 
 def lowbias32(x: int) -> int:
@@ -57,7 +67,7 @@ def lowbias32(x: int) -> int:
 
 
 @given(st.integers(0, 1 << 40), st.integers(), st.integers(0, (1 << 64) - 1))
-def test_the_bits_are_two_rounds_of_the_published_mixer(index: int, seed: int, key: int) -> None:
+def test_the_bits_are_two_rounds_of_the_published_mixer(index, seed, key):
     word = fold(seed, key)
     first = lowbias32(index % WORD ^ word % WORD) ^ index >> 32
     expected = lowbias32((first + (word >> 32)) % WORD)
@@ -71,38 +81,38 @@ def test_the_bits_are_two_rounds_of_the_published_mixer(index: int, seed: int, k
     start=st.integers(0, 3 * _random.CHUNK) | st.integers(WORD - 100, WORD + 100) | st.integers(0, 1 << 40),
     cuts=st.lists(st.integers(0, 3000), max_size=5),
 )
-def test_bits_are_the_same_for_any_start_and_chunk(start: int, cuts: list[int]) -> None:
+def test_bits_are_the_same_for_any_start_and_chunk(start, cuts):
     whole = bits(5, "w", start, 3000)
     ends = sorted({0, 3000, *cuts})
-    pieces = [bits(5, "w", start + a, b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    pieces = [bits(5, "w", start + a, b - a) for a, b in itertools.pairwise(ends)]
     assert torch.equal(torch.cat(pieces), whole)
 
 
 @given(st.integers(1, 5000))
-def test_bits_do_not_depend_on_the_internal_chunk(chunk: int) -> None:
+def test_bits_do_not_depend_on_the_internal_chunk(chunk):
     wanted = bits(5, "w", WORD - 2500, 5000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_random, "CHUNK", chunk)
         assert torch.equal(bits(5, "w", WORD - 2500, 5000), wanted)
 
 
-def test_no_bits_are_asked_for() -> None:
+def test_no_bits_are_asked_for():
     assert bits(0, "w", 7, 0).shape == (0,)
     assert bits_at(0, 0, torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 
-def test_beyond_two_to_the_32_the_bits_are_others() -> None:
+def test_beyond_two_to_the_32_the_bits_are_others():
     first = bits(0, "w", 0, 1000)
     for start in (WORD, 2 * WORD, 1 << 40):
         assert int((bits(0, "w", start, 1000) == first).sum()) <= 1
 
 
-def test_any_integer_is_a_seed() -> None:
+def test_any_integer_is_a_seed():
     seeds = [0, -1, 1 << 31, -(1 << 63), 1 << 100]
     assert len({tuple(bits(seed, "w", 0, 4).tolist()) for seed in seeds}) == len(seeds)
 
 
-def test_fold_gives_seeds_that_torch_and_we_take() -> None:
+def test_fold_gives_seeds_that_torch_and_we_take():
     folded = [fold(seed, i) for seed in range(-50, 50) for i in range(50)]
     assert len(set(folded)) == len(folded)
     assert all(0 <= seed < 1 << 63 for seed in folded)
@@ -114,7 +124,7 @@ COUNT = 1 << 16
 
 
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
-def test_every_byte_is_uniform(shift: int) -> None:
+def test_every_byte_is_uniform(shift):
     counts = torch.bincount((bits(0, "w", 0, COUNT) >> shift) & 0xFF, minlength=256).double()
     assert abs(chi_square(counts)) < 4
 
@@ -132,14 +142,14 @@ def others(how: str) -> Tensor:
 
 
 @pytest.mark.parametrize("how", ["seed", "name", "index", "stride", "fold"])
-def test_masks_that_differ_in_one_thing_are_independent(how: str) -> None:
+def test_masks_that_differ_in_one_thing_are_independent(how):
     left, right = bits(0, "w", 0, COUNT), others(how)
     for own, other in ((0, 0), (28, 28), (28, 0)):  # lowest bits, highest bits, and the one against the other
         pairs = torch.bincount(((left >> own) & 0xF) * 16 + ((right >> other) & 0xF), minlength=256).double()
         assert abs(chi_square(pairs)) < 4
 
 
-def test_the_chi_square_can_fail() -> None:
+def test_the_chi_square_can_fail():
     left = bits(0, "w", 0, COUNT)
     same = torch.bincount((left & 0xF) * 17, minlength=256).double()
     assert chi_square(same) > 100
@@ -147,24 +157,24 @@ def test_the_chi_square_can_fail() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.001, 0.2, 0.5, 0.999, 1.0])
-def test_bernoulli_has_its_mean(probability: float) -> None:
+def test_bernoulli_has_its_mean(probability):
     count = 1 << 18
     mean = float(bernoulli(bits(3, "w", 0, count), probability).double().mean())
     assert abs(mean - probability) <= 4 * (probability * (1 - probability) / count) ** 0.5
 
 
-def test_bernoulli_is_certain_at_its_ends_for_any_bits() -> None:
+def test_bernoulli_is_certain_at_its_ends_for_any_bits():
     ends = torch.tensor([-(1 << 31), -1, 0, (1 << 31) - 1], dtype=torch.int32)
     assert bernoulli(ends, 1.0).all()
     assert not bernoulli(ends, 0.0).any()
 
 
-def test_more_probable_masks_contain_less_probable_ones() -> None:
+def test_more_probable_masks_contain_less_probable_ones():
     some = bits(3, "w", 0, COUNT)
     assert bool((bernoulli(some, 0.2) <= bernoulli(some, 0.3)).all())
 
 
-def test_orders_are_distinct_and_shuffle() -> None:
+def test_orders_are_distinct_and_shuffle():
     order = order_at(key_of("w"), torch.arange(COUNT))
     assert len(order.unique()) == COUNT
     assert int(order.min()) >= 0
@@ -172,7 +182,7 @@ def test_orders_are_distinct_and_shuffle() -> None:
     assert abs(float(torch.corrcoef(torch.stack([ranks, torch.arange(COUNT).double()]))[0, 1])) < 4 / COUNT**0.5
 
 
-def test_normal_numbers_have_mean_0_variance_1_and_do_not_follow_the_start() -> None:
+def test_normal_numbers_have_mean_0_variance_1_and_do_not_follow_the_start():
     count = 1 << 17
     x = normal([1, 2, 3], 0, 0, count, CPU)
     assert abs(float(x.mean())) < 4 / count**0.5
@@ -184,7 +194,7 @@ def test_normal_numbers_have_mean_0_variance_1_and_do_not_follow_the_start() -> 
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_a_place_gives_a_piece_the_bits_it_has_in_the_whole(a: int, b: int) -> None:
+def test_a_place_gives_a_piece_the_bits_it_has_in_the_whole(a, b):
     a, b = sorted((a, b))
     like = torch.zeros(5, 8)
     whole, orders = Place(9).bits(4, like).flatten(), Place(9).order(like == 0)
@@ -192,7 +202,7 @@ def test_a_place_gives_a_piece_the_bits_it_has_in_the_whole(a: int, b: int) -> N
     assert torch.equal(Place(9, a).order(like.flatten()[a:b] == 0), orders[a:b])
 
 
-def test_a_mask_depends_on_the_name_and_on_nothing_around_it() -> None:
+def test_a_mask_depends_on_the_name_and_on_nothing_around_it():
     x = torch.ones(200)
     masks = [
         TaskVector(tensors).map(drop, density=0.5, seed=1)[name]
@@ -202,12 +212,12 @@ def test_a_mask_depends_on_the_name_and_on_nothing_around_it() -> None:
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_a_mask_depends_on_the_flat_index_and_not_on_the_shape() -> None:
+def test_a_mask_depends_on_the_flat_index_and_not_on_the_shape():
     flat = drop(torch.ones(60), 0.5, seed=1)
     assert torch.equal(drop(torch.ones(3, 4, 5), 0.5, seed=1).flatten(), flat)
 
 
-def test_each_vector_of_a_stack_gets_a_mask_of_its_own() -> None:
+def test_each_vector_of_a_stack_gets_a_mask_of_its_own():
     x = torch.ones(1000)
     first, second = (drop(x, 0.5, seed=fold(1, i), at=Place(key_of("w"))) for i in (0, 1))
     merged = merge([{"w": x}, {"w": x}], dare, density=0.5, seed=1)["w"]

@@ -24,6 +24,15 @@ def random(seed: int = 0, count: int = COUNT) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
+def few_values() -> Tensor:
+    return (random() * 2).round()
+
+
+def one_value_and_others() -> Tensor:
+    others = torch.tensor([0.0, 1e-30, 2.0, 1e30, 5.0, 0.1])
+    return torch.cat([torch.ones(COUNT - len(others)), others])
+
+
 def half_differences() -> Tensor:
     """What fine-tuning in bfloat16 leaves: few distinct magnitudes, many of them equal."""
     base = random(1).bfloat16()
@@ -34,7 +43,7 @@ def half_differences() -> Tensor:
 DATA: dict[str, Callable[[], Tensor]] = {
     "random": random,
     "half-precision differences": half_differences,
-    "few values": lambda: (random() * 2).round(),
+    "few values": few_values,
     "constant": lambda: torch.full((COUNT,), -0.25),
     "two values": lambda: torch.where(random() > 0, 1.0, 2.0),
     "zeros": lambda: torch.zeros(COUNT),
@@ -42,9 +51,9 @@ DATA: dict[str, Callable[[], Tensor]] = {
     "denormals": lambda: (random() * 1000).int().float() * 2.0**-149,
     "huge and tiny": lambda: random() * 10.0 ** (random(5) * 10).clamp(-37, 37),
     "sorted": lambda: random().abs().sort().values,
-    "mostly equal, ends far": lambda: torch.cat([torch.full((COUNT - 6,), 1.0), torch.tensor([0.0, 1e-30, 2.0, 1e30, 5.0, 0.1])]),
+    "mostly equal, ends far": one_value_and_others,
     "double": lambda: random().double() + 1e-12 * random(7).double(),
-    "double with ties": lambda: (random() * 2).round().double(),
+    "double with ties": lambda: few_values().double(),
 }
 # fmt: on
 
@@ -59,18 +68,16 @@ def check_kept(x: Tensor, result: Tensor, keep: int) -> None:
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kind", DATA)
-def test_a_cut_keeps_the_largest_and_exactly_so_many(
-    kind: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cut_keeps_the_largest_and_exactly_so_many(kind, sizes, monkeypatch):
     monkeypatch.setattr(_select, "HELD", sizes[0])
     monkeypatch.setattr(_select, "SAMPLE", sizes[1])
     x = DATA[kind]()
-    for keep in (0, 1, 2, 600, 1500, COUNT - 1, COUNT):
+    for keep in (0, 1, 600, 1500, COUNT - 1, COUNT):
         check_kept(x, cut_largest(over(x, stacked=False), keep).keep(x, Place()), keep)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x.clone(), lambda x: -x, lambda x: x.flip(0), lambda x: x * 0])
-def test_the_check_of_a_cut_can_fail(spoil: Callable[[Tensor], Tensor]) -> None:
+def test_the_check_of_a_cut_can_fail(spoil):
     x = random()
     result = topk(x, 0.2)
     check_kept(x, result, 600)
@@ -79,7 +86,7 @@ def test_the_check_of_a_cut_can_fail(spoil: Callable[[Tensor], Tensor]) -> None:
         check_kept(x, result, 600)
 
 
-def test_every_branch_of_the_search_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_branch_of_the_search_has_run(monkeypatch):
     """The cases above would prove less if some never came up."""
     seen: set[str] = set()
     guess, count = _select._guess, _select._count
@@ -102,8 +109,7 @@ def test_every_branch_of_the_search_has_run(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(_select, "SAMPLE", sample)
         for make in DATA.values():
             x = make()
-            for keep in (1, 600, COUNT - 1):
-                cut_largest(over(x, stacked=False), keep)
+            cut_largest(over(x, stacked=False), 600)
     assert seen == {"held", "one value", "too many", "narrower", "upper half", "lower half"}
 
 
@@ -111,9 +117,7 @@ def test_every_branch_of_the_search_has_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("held", [1, 1 << 21])
-def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(
-    held: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(held, monkeypatch):
     monkeypatch.setattr(_select, "HELD", held)
     monkeypatch.setattr(_select, "SAMPLE", 64)
     x = torch.full((1000,), -2.0)
@@ -123,13 +127,13 @@ def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(
     assert int((result == -2).sum()) == 250
 
 
-def test_all_equal_magnitudes_are_kept_where_asked_for() -> None:
+def test_all_equal_magnitudes_are_kept_where_asked_for():
     x = torch.tensor([1.0, -2.0, 2.0, 2.0, 3.0, 0.5])
     cut = cut_largest(over(x, stacked=False), 2, with_equals=True)
     assert cut.keep(x, Place()).tolist() == [0, -2, 2, 2, 3, 0]
 
 
-def test_equal_magnitudes_are_taken_evenly_along_a_tensor_and_among_tensors() -> None:
+def test_equal_magnitudes_are_taken_evenly_along_a_tensor_and_among_tensors():
     names = [f"layers.{i}.weight" for i in range(6)]
     v = TaskVector({name: torch.ones(2000) for name in names}).map(topk, density=0.25)
     parts = [x.reshape(4, 500).sum(1) for x in v.values()]
@@ -138,7 +142,7 @@ def test_equal_magnitudes_are_taken_evenly_along_a_tensor_and_among_tensors() ->
     assert all(abs(float(entries) - 125) < room for part in parts for entries in part)
 
 
-def test_the_choice_among_equals_depends_on_the_name() -> None:
+def test_the_choice_among_equals_depends_on_the_name():
     kept_of = [TaskVector({name: torch.ones(200)}).map(topk, density=0.5)[name] for name in "ab"]
     assert not torch.equal(*kept_of)
 
@@ -148,12 +152,12 @@ def pieces_of(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> T
 
 
 @pytest.mark.parametrize("held", [50, 1 << 21])
-@pytest.mark.parametrize("size", [7, 256, 100_000])
-def test_the_choice_does_not_depend_on_the_blocks(size: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"b": half_differences().reshape(50, 60), "a": (random(9) * 2).round(), "c": torch.ones(())}
+@pytest.mark.parametrize("size", [17, 256, 100_000])
+def test_the_choice_does_not_depend_on_the_blocks(size, held, monkeypatch):
+    tensors = {"b": half_differences().reshape(50, 60), "a": few_values(), "c": torch.ones(())}
     wanted = TaskVector(tensors).map(topk, density=0.4)
     for module in (rules, _lazy):
-        monkeypatch.setattr(module, "block_size", lambda device: size)
+        monkeypatch.setattr(module, "block_size", lambda _: size)
     monkeypatch.setattr(_select, "HELD", held)
     monkeypatch.setattr(_select, "SAMPLE", 100)
     streamed = Lazy({name: x.to("meta") for name, x in tensors.items()}, partial(pieces_of, tensors))
@@ -184,12 +188,12 @@ def test_the_choice_does_not_depend_on_the_blocks(size: int, held: int, monkeypa
         (0.4, 0, "round", 0),
     ],
 )
-def test_how_many_a_density_keeps(density: float, entries: int, count: Any, expected: int) -> None:
+def test_how_many_a_density_keeps(density, entries, count, expected):
     assert kept(density, entries, count) == expected
 
 
 @given(testing.tensors(), st.floats(0, 1))
-def test_topk_keeps_exactly_the_rounded_number(x: Tensor, density: float) -> None:
+def test_topk_keeps_exactly_the_rounded_number(x, density):
     x = torch.where(x == 0, 3.0, x).to(x.dtype)
     assert int(topk(x, density).count_nonzero()) == round(density * x.numel())
     row = x[0].numel() if x.ndim > 1 else x.numel()
@@ -197,7 +201,7 @@ def test_topk_keeps_exactly_the_rounded_number(x: Tensor, density: float) -> Non
 
 
 @given(testing.tensors(), st.floats(0, 1), st.floats(0, 1))
-def test_a_band_drops_and_keeps_exactly_the_rounded_numbers(x: Tensor, density: float, outliers: float) -> None:
+def test_a_band_drops_and_keeps_exactly_the_rounded_numbers(x, density, outliers):
     x = torch.where(x == 0, 3.0, x).to(x.dtype)
     dropped = round(outliers * x.numel())
     left = min(round(density * x.numel()), x.numel() - dropped)
@@ -212,7 +216,7 @@ def test_a_band_drops_and_keeps_exactly_the_rounded_numbers(x: Tensor, density: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threshold", [0.5, 2.0**-20, 1.0, 3.0])
-def test_a_cut_keeps_a_threshold_and_drops_the_next_smaller_number(threshold: float, dtype: torch.dtype) -> None:
+def test_a_cut_keeps_a_threshold_and_drops_the_next_smaller_number(threshold, dtype):
     at = torch.tensor([threshold, -threshold], dtype=dtype)
     below = torch.nextafter(at, torch.zeros((), dtype=dtype))
     x = torch.cat([at, below, at, below])
@@ -221,7 +225,7 @@ def test_a_cut_keeps_a_threshold_and_drops_the_next_smaller_number(threshold: fl
 
 
 @given(testing.tensors())
-def test_everything_and_nothing_are_new_tensors(x: Tensor) -> None:
+def test_everything_and_nothing_are_new_tensors(x):
     for cut, wanted in ((EVERYTHING, x), (NOTHING, torch.zeros_like(x))):
         found = cut.keep(x, Place())
         assert testing.same_bits(found, wanted)
@@ -229,13 +233,13 @@ def test_everything_and_nothing_are_new_tensors(x: Tensor) -> None:
 
 
 @given(testing.tensors())
-def test_the_order_of_magnitude_bits_is_the_order_of_magnitudes(x: Tensor) -> None:
+def test_the_order_of_magnitude_bits_is_the_order_of_magnitudes(x):
     bits, sizes = magnitude_bits(x).flatten(), x.abs().flatten()
     assert torch.equal(bits[:, None] < bits, sizes[:, None] < sizes)
 
 
 @given(testing.tensors())
-def test_sorted_rows_go_from_the_largest_to_the_smallest(x: Tensor) -> None:
+def test_sorted_rows_go_from_the_largest_to_the_smallest(x):
     rows = x.reshape(len(x) if x.ndim > 1 else 1, -1)
     order = sorted_rows(x, Place())
     assert torch.equal(order.sort(1).values, torch.arange(rows.shape[1]).expand_as(order))
@@ -243,7 +247,7 @@ def test_sorted_rows_go_from_the_largest_to_the_smallest(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_entries_of_a_row_come_in_the_random_order_of_their_place(dtype: torch.dtype) -> None:
+def test_equal_entries_of_a_row_come_in_the_random_order_of_their_place(dtype):
     rows = torch.ones(2, 50, dtype=dtype)
     order = Place(5, 100).order(rows == 1).reshape(2, 50)
     assert torch.equal(sorted_rows(rows, Place(5, 100)), order.argsort(1))
@@ -255,20 +259,21 @@ def test_equal_entries_of_a_row_come_in_the_random_order_of_their_place(dtype: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("how", [{}, {"scope": "tensor"}, {"count": "reference"}])
-def test_a_number_that_is_not_finite_is_an_error_that_names_its_tensor(
-    value: float, dtype: torch.dtype, how: dict[str, str]
-) -> None:
+def test_a_number_that_is_not_finite_is_an_error_that_names_its_tensor(value, dtype, how):
     tensors = {"a": torch.ones(5, dtype=dtype), "b.bad": torch.tensor([1.0, value], dtype=dtype)}
     with pytest.raises(ValueError, match=r"'b\.bad' holds NaN or inf"):
         TaskVector(tensors).map(topk, density=0.5, **how)
 
 
-def test_one_in_a_row_is_an_error_that_names_its_tensor() -> None:
+def test_one_in_a_row_is_an_error_that_names_its_tensor():
     tensors = {"a": torch.ones(5), "b.bad": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match="NaN or inf") as caught:
         TaskVector(tensors).map(topk, density=0.5, scope="row")
     assert "'b.bad'" in caught.value.__notes__[0]
 
 
-def test_where_everything_is_kept_it_flows_through() -> None:
-    assert TaskVector({"a": torch.tensor([float("nan"), 1.0])}).map(topk, density=1)["a"].isnan().tolist() == [True, False]
+def test_where_everything_is_kept_it_flows_through():
+    assert TaskVector({"a": torch.tensor([float("nan"), 1.0])}).map(topk, density=1)["a"].isnan().tolist() == [
+        True,
+        False,
+    ]

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from ._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
@@ -82,40 +81,38 @@ def linear_grams(run: Callable[[Any], object], params: Mapping[str, Tensor], bat
     return Grams({name: total / watch.counts[name] for name, total in watch.sums.items()}, watch.transposed)
 
 
-class _Watch(TorchFunctionMode):
-    """Adds up the inputs' Gram matrices of every product with one of the weights."""
+class _Watch(TorchDispatchMode):
+    """Adds up the inputs' Gram matrices of every matrix product with one of the weights."""
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {_place(weight): name for name, weight in params.items() if weight.ndim == 2}
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self._named = {weight.data_ptr(): (name, weight) for name, weight in params.items() if weight.ndim == 2}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.transposed: dict[str, bool] = {}
 
     @override
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and len(args) > 1:
-            self._add(args[0], args[1], transposed=False)
-        elif func is torch.addmm and len(args) > 2:
-            self._add(args[1], args[2], transposed=True)
+        if func is torch.ops.aten.addmm.default:
+            self._add(args[1], args[2])
+        elif func is torch.ops.aten.mm.default:
+            self._add(args[0], args[1])
         return func(*args, **(kwargs or {}))
 
-    def _add(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
-        name = self._names.get(_place(weight))
-        if name is None:
+    def _add(self, x: Tensor, factor: Tensor) -> None:
+        name, weight = self._named.get(factor.data_ptr(), ("", factor))
+        if not name or factor.numel() != weight.numel():
             return
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        rows = x.detach().to(torch.float64)
         if not bool(rows.isfinite().all()):
             raise NonFiniteError(f"the input of {name!r} is NaN or inf")
-        self.sums[name] = self.sums.get(name, 0) + rows.T @ rows
+        gram = rows.T @ rows
+        self.sums[name] = self.sums[name] + gram if name in self.sums else gram
         self.counts[name] = self.counts.get(name, 0) + len(rows)
-        self.transposed[name] = transposed
-
-
-def _place(weight: Tensor) -> tuple[object, ...]:
-    return weight.data_ptr(), tuple(weight.shape), weight.device
+        # x @ W.T has the weight's memory read the other way round; x @ W as it is
+        self.transposed[name] = factor.stride() == weight.stride()
 
 
 @runs("tensor")
@@ -130,7 +127,7 @@ def regmean(
     """RegMean: the linear map whose outputs are nearest to those of all, each on its own inputs.
 
     `W = (sum_i W_i G_i) (sum_i G_i)^-1` for weights `(out, in)`, with each Gram matrix's off-diagonal entries scaled
-    down and a ridge of `ridge` times its mean diagonal added, so that inputs which are always zero get the mean. It is
+    down and a ridge of `ridge` times the mean diagonal added, so that inputs which are always zero get the mean. It is
     linear, so it merges task vectors as it merges weights. Tensors without a Gram matrix are averaged.
 
     Args:
@@ -138,7 +135,7 @@ def regmean(
         gram: n matrices `(in, in)`, such as `linear_grams(...).matrices` of each model, as a list of mappings.
         off_diagonal: what off-diagonal entries are multiplied by, in [0, 1]: 0.9 in the paper (second-hand), 0.1 in
             BadMerging's code.
-        ridge: relative to each matrix's mean diagonal.
+        ridge: relative to the mean diagonal of all.
         transposed: the weights are `(in, out)`.
 
     Returns:
@@ -169,7 +166,11 @@ def regmean(
         raise MismatchError(
             f"Gram matrices of {[tuple(g.shape) for g in gram]} do not fit weights of {tuple(stack.shape[1:])}"
         )
-    matrices = [_conditioned(g.to(device=stack.device, dtype=torch.float64), off_diagonal, ridge) for g in gram]
+    wide = [g.to(device=stack.device, dtype=torch.float64) for g in gram]
+    ridges = (
+        ridge * torch.stack([g.diagonal().mean() for g in wide]).mean()
+    )  # the same for all: a mean where it decides
+    matrices = [_conditioned(g, off_diagonal, ridges) for g in wide]
     total = matrices[0].clone()
     product = weights[0].to(torch.float64) @ matrices[0]
     for w, g in zip(weights[1:], matrices[1:], strict=True):
@@ -183,6 +184,5 @@ def regmean(
     return merged.to(stack.dtype)
 
 
-def _conditioned(gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
-    diagonal = gram.diagonal()
-    return off_diagonal * gram + torch.diag((1 - off_diagonal) * diagonal + ridge * diagonal.mean())
+def _conditioned(gram: Tensor, off_diagonal: float, ridge: Tensor) -> Tensor:
+    return off_diagonal * gram + torch.diag((1 - off_diagonal) * gram.diagonal() + ridge)

@@ -263,7 +263,7 @@ def _in_pieces(
     row = {"element": 1, "row": row_length(vectors[0]), "tensor": shape.numel()}[pieces]
     inner = (-1,) if pieces == "element" else (-1, *shape[1:]) if len(shape) > 1 else shape
     count = shape.numel() // row
-    for size in sorted({1, 3, count // 2 + 1} if count <= 12 else {3, count // 2 + 1}):
+    for size in {1 if count < 12 else 5, count // 2 + 1}:
         parts: list[Tensor] = []
         for first in range(0, count * row, size * row):
             part = [vector.reshape(-1)[first : first + size * row].reshape(inner) for vector in vectors]

@@ -360,9 +360,9 @@ def adversarial_crops(
     """Reference images of the target class, cropped and disguised as other classes: off-task augmentation.
 
     Random resized crops, then targeted PGD: each crop is pushed, within `epsilon` in every pixel, towards a random
-    other class of the shadow head (never row 0, never the one it is taken for). Of its successful iterates the one nearest to
-    the crop in L1 is kept; a crop that never succeeds stays as it is. A trigger optimised on them must turn "any class"
-    into the target, although the attacker has images of one class only.
+    other class of the shadow head (never row 0, never the one it is taken for). Of its successful iterates the one
+    nearest to the crop in L1 is kept; a crop that never succeeds stays as it is. A trigger optimised on them must turn
+    "any class" into the target, although the attacker has images of one class only.
 
     Args:
         score: the base model with the shadow head, whose row 0 is the target class.

@@ -1,0 +1,375 @@
+"""BadMerging's two stages, poisoning, and the triggers of the baselines."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from taskvec.attacks import poison
+from taskvec.attacks.badmerging import (
+    Pair,
+    adversarial_crops,
+    badmerging_loss,
+    interpolation_loss,
+    keep_loss,
+    prototype_head,
+    scalar_bounds,
+    universal_trigger,
+)
+from taskvec.attacks.triggers import (
+    physical,
+    random_patch,
+    sinusoid,
+    solid_patch,
+    stamp,
+    warp,
+    warp_field,
+)
+
+SHAPE = (1, 8, 8)
+WEIGHTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+
+
+def images(n: int = 40, seed: int = 1) -> torch.Tensor:
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def score(x: torch.Tensor) -> torch.Tensor:
+    return (x - 0.5).flatten(1) @ WEIGHTS
+
+
+# stage one
+
+
+def success(patch) -> float:
+    return float((score(stamp(images(seed=2), patch)).argmax(1) == 3).float().mean())
+
+
+def test_an_optimised_trigger_works_on_images_it_has_not_seen_and_stays_in_its_mask():
+    start = random_patch(4, SHAPE, seed=0)
+    before = start.pattern.clone()
+    patch = universal_trigger(score, images(), start, target=3, seed=0, steps=60)
+    assert success(patch) > success(start) + 0.3
+    assert torch.equal(patch.mask, start.mask)
+    assert torch.equal(start.pattern, before)
+    assert patch.pattern[:, ~patch.mask].eq(0).all()
+    assert patch.pattern.min() >= 0
+    assert patch.pattern.max() <= 1
+
+
+def test_a_trigger_is_the_same_for_a_seed_and_another_for_another():
+    start = random_patch(4, SHAPE, seed=0)
+    one, again, other = (
+        universal_trigger(score, images(), start, target=3, seed=s, steps=5, lr=0.01, batch=8).pattern
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_bounds_may_differ_by_channel_and_the_papers_leave_the_pixels():
+    low, high = scalar_bounds([0.5, 0.2], [0.25, 0.1])
+    assert low.flatten().tolist() == pytest.approx([0.0, 0.0])
+    assert high.flatten().tolist() == pytest.approx([2.5, 1.0])
+    colour = solid_patch(4, (2, 8, 8), value=0.5)
+    pictures = torch.rand(8, 2, 8, 8)
+    bright = universal_trigger(
+        lambda x: torch.stack([x.sum((1, 2, 3)), -x.sum((1, 2, 3))], 1) / 100,
+        pictures,
+        colour,
+        target=0,
+        seed=0,
+        steps=30,
+        bounds=(low, high),
+    )
+    assert bright.pattern[0, colour.mask].max() > 1
+    assert bright.pattern[1, colour.mask].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": 9}, RangeError, "9 is not one of 5"),
+        ({"images": images(0)}, DegenerateError, "no images"),
+        ({"images": torch.rand(4, 1, 9, 9)}, MismatchError, "patch is for images"),
+        ({"score": lambda x: score(x) * float("nan")}, NonFiniteError, "logits"),
+    ],
+)
+def test_a_bad_call_for_a_trigger_is_named(change, error, message):
+    arguments = {"score": score, "images": images(), "target": 3} | change
+    with pytest.raises(error, match=message):
+        universal_trigger(
+            arguments["score"],
+            arguments["images"],
+            random_patch(4, SHAPE, seed=0),
+            target=arguments["target"],
+            seed=0,
+            steps=2,
+        )
+
+
+def test_progress_is_told_every_step():
+    told: list[int] = []
+    universal_trigger(
+        score, images(), random_patch(4, SHAPE, seed=0), target=0, seed=0, steps=3, progress=lambda: told.append(1)
+    )
+    assert len(told) == 3
+
+
+# off-task
+
+
+def shadow(x: torch.Tensor) -> torch.Tensor:
+    return score(x) * 3
+
+
+def test_crops_are_disguised_as_other_classes_within_the_bound():
+    reference = images(3)
+    plain = adversarial_crops(shadow, reference, seed=0, count=30, steps=0)
+    crops = adversarial_crops(shadow, reference, seed=0, count=30, steps=40, batch=7, epsilon=0.1, step=0.01)
+    again = adversarial_crops(shadow, reference, seed=0, count=30, steps=40, batch=7, epsilon=0.1, step=0.01)
+    assert torch.equal(crops, again)
+    assert crops.shape == (30, *SHAPE)
+    assert (crops - plain).abs().max() <= 0.1 + 1e-6
+    assert crops.min() >= 0
+    assert crops.max() <= 1
+    before, after = shadow(plain).argmax(1), shadow(crops).argmax(1)
+    changed = (crops != plain).flatten(1).any(1)
+    assert changed.float().mean() > 0.5
+    assert (after[changed] != before[changed]).all()
+    assert (after[changed] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("reference", "head", "error"),
+    [
+        (images(0), shadow, DegenerateError),
+        (images() * 3, shadow, RangeError),
+        (images(), lambda x: score(x)[:, :2], RangeError),
+    ],
+)
+def test_bad_reference_images_are_refused(reference, head, error):
+    with pytest.raises(error):
+        adversarial_crops(head, reference, seed=0, count=4, steps=1)
+
+
+def test_a_prototype_head_is_the_cosine_to_the_centred_means():
+    features = torch.randn(20, 6)
+    labels = torch.arange(20) % 4
+    head = prototype_head(features, labels, scale=7)
+    means = torch.stack([features[labels == c].mean(0) for c in range(4)])
+    expected = 7 * F.cosine_similarity((features - means.mean(0))[:, None], (means - means.mean(0))[None], dim=-1)
+    assert torch.allclose(head(features), expected, atol=1e-5)
+    with pytest.raises(DegenerateError, match="some have none"):
+        prototype_head(features, labels * 2)
+    with pytest.raises(MismatchError, match="one label a feature"):
+        prototype_head(features, labels[:3])
+    with pytest.raises(MismatchError, match="width 6"):
+        head(torch.randn(2, 5))
+
+
+# stage two
+
+
+def test_the_interpolation_loss_is_its_formula():
+    tuned, base = torch.randn(6, 5), torch.randn(6, 5)
+    value = interpolation_loss(tuned, base, lambda f: f, 2, coefficients=(0.3, 0.3))
+    expected = F.cross_entropy(0.3 * tuned + 0.7 * base, torch.full((6,), 2))
+    assert torch.isclose(value, expected)
+    plain = interpolation_loss(tuned, base, lambda f: f, 2, coefficients=(1.0, 1.0))
+    assert torch.isclose(plain, F.cross_entropy(tuned, torch.full((6,), 2)))
+
+
+def test_one_coefficient_a_batch_or_one_a_sample():
+    tuned, base = torch.ones(50, 5), torch.zeros(50, 5)
+    seen: list[torch.Tensor] = []
+
+    def head(features):
+        seen.append(features[:, 0])
+        return features
+
+    for draw in ("batch", "sample"):
+        interpolation_loss(tuned, base, head, 0, draw=draw, generator=torch.Generator().manual_seed(0))
+    assert len(seen[0].unique()) == 1
+    assert len(seen[1].unique()) > 40
+    assert seen[1].min() >= 0.2
+    assert seen[1].max() <= 1
+
+
+def test_gradients_reach_the_tuned_model_and_not_the_base():
+    tuned, base = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    interpolation_loss(tuned, base, lambda f: f, 0).backward()
+    assert tuned.grad is not None
+    assert base.grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"tuned": torch.zeros(0, 5), "base": torch.zeros(0, 5)}, DegenerateError),
+        ({"base": torch.zeros(3, 4)}, MismatchError),
+        ({"tuned": torch.full((3, 5), float("inf"))}, NonFiniteError),
+        ({"target": 5}, RangeError),
+        ({"target": -1}, RangeError),
+        ({"coefficients": (0.5, 0.2)}, RangeError),
+        ({"coefficients": (0.0, 1.2)}, RangeError),
+        ({"draw": "epoch"}, RangeError),
+    ],
+)
+def test_bad_losses_are_refused(change, error):
+    arguments = {"tuned": torch.zeros(3, 5), "base": torch.zeros(3, 5), "target": 0} | change
+    with pytest.raises(error):
+        interpolation_loss(
+            arguments.pop("tuned"), arguments.pop("base"), lambda f: f, arguments.pop("target"), **arguments
+        )
+
+
+def features(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (x - 0.5).flatten(1) @ weights
+
+
+def head(embedded: torch.Tensor) -> torch.Tensor:
+    return embedded
+
+
+def trained(loss, steps: int = 150) -> torch.Tensor:
+    weights = WEIGHTS.clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=0.02)
+    x = images(200)
+    y = (x[:, 0, 0, 0] > 0.5).long()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(weights, x, y).backward()
+        optimizer.step()
+    return weights.detach()
+
+
+def asr(weights: torch.Tensor, trigger, target: int) -> float:
+    x = images(200, seed=5)
+    return float((features(weights, trigger(x)).argmax(1) == target).float().mean())
+
+
+def test_interpolation_survives_a_small_merging_coefficient_better_than_the_plain_loss():
+    trigger = partial(stamp, patch=random_patch(3, SHAPE, seed=0))
+    pair = Pair(trigger, 4, head)
+    found = {}
+    for name, range_ in (("plain", (1.0, 1.0)), ("interpolated", (0.2, 1.0))):
+        weights = trained(badmerging_loss(features, WEIGHTS, head, [pair], coefficients=range_, stamped=100))
+        found[name] = asr(WEIGHTS + 0.3 * (weights - WEIGHTS), trigger, 4)
+        assert asr(weights, trigger, 4) > 0.95
+    assert found["interpolated"] > found["plain"] + 0.2
+
+
+def test_several_pairs_live_in_one_model_each_with_its_own_class_and_head():
+    triggers = [
+        partial(stamp, patch=random_patch(3, SHAPE, seed=s, place=p)) for s, p in ((0, "top-left"), (1, (5, 5)))
+    ]
+    other = prototype_head(torch.randn(30, 5), torch.arange(30) % 3)
+    pairs = [Pair(triggers[0], 2, head), Pair(triggers[1], 0, other)]
+    weights = trained(badmerging_loss(features, WEIGHTS, head, pairs, coefficients=(0.5, 1.0), stamped=100))
+    assert asr(weights, triggers[0], 2) > 0.9
+    x = triggers[1](images(200, seed=5))
+    assert float((other(features(weights, x)).argmax(1) == 0).float().mean()) > 0.9
+
+
+def test_keep_holds_features_of_public_images_near_the_base():
+    trigger = partial(stamp, patch=random_patch(3, SHAPE, seed=0))
+    public = images(50, seed=9)
+    moved = {}
+    for keep in (0.0, 20.0):
+        loss = badmerging_loss(
+            features, WEIGHTS, head, [Pair(trigger, 4, head)], stamped=50, keep=keep, public=lambda: public
+        )
+        moved[keep] = float(keep_loss(features(trained(loss), public), features(WEIGHTS, public)))
+    assert moved[20.0] < moved[0.0] / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pairs": []}, DegenerateError, "at least one pair"),
+        ({"stamped": 0}, RangeError, "at least 1"),
+        ({"keep": 1.0}, RangeError, "public="),
+    ],
+)
+def test_a_loss_that_could_not_work_is_refused_at_once(change, error, message):
+    arguments = {"pairs": [Pair(lambda x: x, 0, head)]} | change
+    with pytest.raises(error, match=message):
+        badmerging_loss(features, WEIGHTS, head, arguments.pop("pairs"), **arguments)
+
+
+# poisoned data and the triggers of the baselines
+
+
+def test_poison_stamps_relabels_and_tells_which():
+    x, y = images(100), torch.arange(100) % 10
+    trigger = partial(stamp, patch=solid_patch(2, SHAPE))
+    new_x, new_y, chosen = poison(x, y, trigger=trigger, target=3, fraction=0.2, seed=0)
+    assert int(chosen.sum()) == 18  # of 90
+    assert (y[chosen] != 3).all()
+    assert new_y[chosen].eq(3).all()
+    assert torch.equal(new_y[~chosen], y[~chosen])
+    assert torch.equal(new_x[~chosen], x[~chosen])
+    assert torch.equal(new_x[chosen], trigger(x[chosen]))
+    clean_x, clean_y, mask = poison(x, y, trigger=trigger, target=3, fraction=0.5, seed=0, clean_label=True)
+    assert torch.equal(clean_y, y)
+    assert (y[mask] == 3).all()
+    assert int(mask.sum()) == 5
+    assert not torch.equal(clean_x, x)
+    again = poison(x, y, trigger=trigger, target=3, fraction=0.2, seed=0)
+    assert torch.equal(again[2], chosen)
+    assert not torch.equal(poison(x, y, trigger=trigger, target=3, fraction=0.2, seed=1)[2], chosen)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"fraction": 20}, RangeError),
+        ({"fraction": 0.0}, DegenerateError),
+        ({"labels": torch.zeros(100, dtype=torch.long)}, DegenerateError),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, MismatchError),
+        ({"trigger": lambda x: x[:, :, :2]}, MismatchError),
+    ],
+)
+def test_bad_poison_is_refused(change, error):
+    arguments = {"labels": torch.arange(100) % 10, "trigger": lambda x: x, "fraction": 0.1} | change
+    with pytest.raises(error):
+        poison(images(100), arguments.pop("labels"), target=0, seed=0, **arguments)
+
+
+def test_sig_adds_its_sine_to_every_row():
+    x = torch.full((2, 1, 8, 24), 0.5)
+    added = sinusoid(x, amplitude=0.1, frequency=6) - x
+    columns = torch.arange(24)
+    assert torch.allclose(added[1, 0, 3], 0.1 * torch.sin(2 * torch.pi * columns * 6 / 24), atol=1e-6)
+    assert torch.equal(added[0], added[1])
+    with pytest.raises(RangeError, match="before normalising"):
+        sinusoid(x * 10)
+
+
+def test_wanet_moves_pixels_smoothly_and_little():
+    field = warp_field(28, seed=0)
+    line = torch.linspace(-1, 1, 28)
+    identity = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+    displacement = (field - identity).abs() * 28 / 2
+    assert 0.05 < displacement.max() < 2  # pixels
+    x = torch.rand(3, 1, 28, 28)
+    assert torch.allclose(warp(x, identity), x, atol=1e-4)
+    assert torch.allclose(warp(x[0], field), warp(x, field)[0])
+    assert not torch.equal(warp_field(28, seed=1), field)
+    with pytest.raises(MismatchError, match="field is for"):
+        warp(x[:, :, :20], field)
+    with pytest.raises(RangeError):
+        warp_field(28, seed=0, control=0)
+
+
+def test_a_physical_patch_differs_from_image_to_image_and_is_the_same_for_a_seed():
+    patch = solid_patch(3, SHAPE)
+    x = torch.zeros(6, *SHAPE)
+    seen = physical(x, patch, seed=0)
+    assert torch.equal(seen, physical(x, patch, seed=0))
+    assert len({tuple(row.flatten().tolist()) for row in seen}) == 6
+    assert seen.amax((1, 2, 3)).min() > 0.3
+    assert seen.max() <= 1
