@@ -14,7 +14,7 @@ from torch import Tensor
 from taskvec import TaskVector, merge, merges, presets, signs, sparsify, sphere, testing
 from taskvec._lazy import Lazy
 from taskvec.merges import disjoint_mean
-from taskvec.rules import fold, runs
+from taskvec.rules import Place, fold, runs
 from taskvec.signs import elect
 
 ODD, PERMUTATION, SCALE = testing.odd, testing.permutation, testing.scale
@@ -133,15 +133,26 @@ def test_every_preset_has_a_row():
     assert set(presets.__all__) == set(PRESETS)
 
 
+def check(row: Row, x: Tensor) -> None:
+    if usable(row, x):
+        (testing.check_leaf if row.kind == "leaf" else testing.check_rule)(row.function, x, **row.options)
+
+
 @of_table(ROWS)
 def test_the_contract_holds(row):
     @given(inputs(row))
     def holds(x):
-        if usable(row, x):
-            check = testing.check_leaf if row.kind == "leaf" else testing.check_rule
-            check(row.function, x, **row.options)
+        check(row, x)
 
     holds()
+
+
+@of_table(ROWS)
+@pytest.mark.parametrize("shape", [(67,), (5, 13)])
+def test_the_contract_holds_where_sums_round(row, shape):
+    """Five vectors and more: torch's own sums over them change bits with the length of a piece."""
+    random = torch.Generator().manual_seed(1)
+    check(row, torch.randn(shape if row.kind == "leaf" else (row.n or 8, *shape), generator=random))
 
 
 @pytest.mark.parametrize(
@@ -403,6 +414,22 @@ def test_della_is_its_parts(stack):
 def test_breadcrumbs_is_the_sum_of_bands(stack):
     banded = torch.stack([sparsify.band(x, 0.5, 0.25) for x in stack])
     assert testing.same_bits(merges.breadcrumbs(stack, 0.5, 0.25), merges.total(banded))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 49])
+def test_consistent_wants_the_fraction_of_the_vectors_that_it_is_given(n):
+    for votes in range(n // 2 + 1, n + 1):
+        stack = torch.tensor([2.0] * votes + [-1.0] * (n - votes))[:, None]
+        assert float(signs.agreement(stack)) == pytest.approx(votes / n)
+        assert float(signs.consistent(stack, votes / n)) == 1
+        assert float(signs.consistent(stack, round(votes / n, 12))) == 1
+        assert float(signs.consistent(stack, min(1.0, (votes + 0.5) / n))) == (votes == n)
+
+
+def test_dot_products_are_taken_in_float64():
+    stack = 1 + 1e-3 * torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    expected = stack.double() @ stack.double().T
+    torch.testing.assert_close(sphere.pairwise_dots(stack, Place()), expected, rtol=1e-13, atol=0)
 
 
 def test_a_nan_shows_in_magmax_wherever_it_stands():

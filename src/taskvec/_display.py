@@ -1,7 +1,11 @@
-"""How a vector shows itself in a notebook."""
+"""How a vector shows itself."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
+
+from torch import Tensor
+
+from ._errors import NonFiniteError
 
 
 def layer_of(name: str) -> str:
@@ -21,3 +25,20 @@ def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -
 
     body = "".join(row(cells, "td") for cells in rows)
     return f"<code>{escape(title)}</code><table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def norm_text(norm: Callable[[], Tensor]) -> str:
+    """A norm in four digits; a `repr` must not fail where a norm does."""
+    try:
+        return f"{float(norm()):.4g}"
+    except NonFiniteError:
+        return "not finite"
+
+
+def share_text(part: Callable[[], Tensor], whole: Callable[[], Tensor]) -> str:
+    """The share of a part's squared norm."""
+    try:
+        square = float(whole()) ** 2
+        return f"{float(part()) ** 2 / square:.1%}" if square else "-"
+    except NonFiniteError:
+        return "-"

@@ -25,6 +25,8 @@ __all__ = ["lift"]
 
 Inputs = Sequence[dict[str, Tensor] | Lazy]
 
+UNMARKED = Mark("tensor", {})  # an unmarked function simply gets whole tensors
+
 
 def lift(
     inputs: Inputs,
@@ -70,14 +72,15 @@ class _Work:
             name: spec.to("meta", dtype=_widest([specs_of(source)[name].dtype for source in inputs]))
             for name, spec in specs_of(inputs[0]).items()
         }
-        self.mark = mark_of(rule) or Mark("tensor", {})  # an unmarked function simply gets whole tensors
+        self.mark = mark_of(rule) or UNMARKED
         self.options = _Options(rule, self.mark, options, list(self.specs))
         self._statistics: dict[str, dict[str, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # statistics over everything are taken once, before the work is sent to other processes
-        if self.mark.statistics and self.options.scope == "global" and self.specs:
-            self.statistics(next(iter(self.specs)))
+        filled = [name for name, spec in self.specs.items() if spec.numel()]
+        if self.mark.statistics and self.options.scope == "global" and filled:
+            self.statistics(filled[0])
         return self.__dict__
 
     def grain(self, name: str) -> int:
@@ -91,7 +94,8 @@ class _Work:
     @property
     def pieces(self) -> Pieces:
         """What the rule is given: rows where that is the scope, else what its mark says."""
-        return "row" if self.options.scope == "row" else self.mark.pieces
+        by_row = self.options.scope == "row" and self.mark.pieces == "element"
+        return "row" if by_row else self.mark.pieces
 
     def whole(self, name: str) -> Tensor:
         """A result."""
@@ -104,21 +108,26 @@ class _Work:
             return torch.empty(0, dtype=spec.dtype, device=self.home(name))
         size = piece_size(spec, self.pieces, self.home(name))
         low, high = start // size * size, min(-(-stop // size) * size, spec.numel())
-        values = self.options.of(name)
-        kwargs = values | self.statistics(name)
+        kwargs = self.options.of(name) | self.statistics(name)
+        beside = {key: value for key, value in kwargs.items() if _is_side_input(value, spec.shape)}
         result = torch.empty(high - low, dtype=spec.dtype, device=self.home(name))
         with torch.no_grad():
             for at, piece in self._pieces(name, low, high):
-                placed = kwargs | {"at": at} if self.options.takes_place else kwargs
+                own = piece[0] if self.stacked else piece
+                given = kwargs | {key: _cut_alike(value, at.start, own) for key, value in beside.items()}
+                if self.options.takes_place:
+                    given["at"] = at
                 first = at.start - low
-                result[first : first + _entries(piece, self.stacked)] = self._call(name, piece, placed).reshape(-1)
+                result[first : first + own.numel()] = self._call(name, piece, given).reshape(-1)
         return result[start - low : stop - low]
 
     def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[Place, Tensor]]:
         key = key_of(name)
-        return cut(
+        for at, piece in cut(
             self.inputs, name, self.pieces, key, stacked=self.stacked, device=self.device, start=start, stop=stop
-        )
+        ):
+            # a stack is a copy; a leaf that nobody marked may work in place, and is given one
+            yield at, piece if self.stacked or self.mark is not UNMARKED else piece.clone()
 
     def statistics(self, name: str) -> dict[str, Any]:
         """What the mark hands in for a tensor: taken over its scope, once."""
@@ -169,6 +178,7 @@ class _Options:
             for key, parameter in parameters.items()
             if parameter.default is not parameter.empty and key not in hidden
         }
+        self._needed = frozenset(parameters) - self._defaults.keys()
         self._given = dict(given)
         if signature is not None:
             _check_known(rule, parameters, hidden, given)
@@ -184,6 +194,9 @@ class _Options:
     def of(self, name: str) -> dict[str, Any]:
         """The options of one tensor that are not left at their defaults."""
         found = {key: _lookup(value, name) for key, value in self._given.items()}
+        for key, value in found.items():
+            if value is _LEFT and key in self._needed:
+                raise OptionError(f"no {key} for {name!r}: give every name one, the rest by '*'")
         return {key: value for key, value in found.items() if value is not _LEFT}
 
     def shared(self, statistics: Mapping[str, Callable[..., Any]], names: list[str]) -> dict[str, Any]:
@@ -267,8 +280,16 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _entries(piece: Tensor, stacked: bool) -> int:
-    return piece[0].numel() if stacked else piece.numel()
+def _is_side_input(value: Any, shape: torch.Size) -> bool:
+    """Whether an option is a tensor of the result's shape, or one for each vector: then it is cut as the inputs are."""
+    items = cast("Sequence[Any]", value) if isinstance(value, list | tuple) else [value]
+    return len(items) > 0 and all(isinstance(item, Tensor) and item.shape == shape for item in items)
+
+
+def _cut_alike(value: Any, start: int, piece: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.reshape(-1)[start : start + piece.numel()].reshape(piece.shape)
+    return [_cut_alike(item, start, piece) for item in value]
 
 
 def _dtype_name(x: Tensor) -> str:

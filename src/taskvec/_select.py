@@ -6,7 +6,7 @@ collected and sorted; two passes and no copy of the vector. The count makes it e
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -238,10 +238,14 @@ def _compare(keys: Tensor, low: int, high: int) -> tuple[int, Tensor, Tensor]:
         array = keys.numpy()
         at_least, larger = array >= low, array > high
         places = (at_least ^ larger).nonzero()[0]
-        return int(np.count_nonzero(larger)), torch.as_tensor(places), torch.as_tensor(array[places])
+        return int(np.count_nonzero(larger)), _held(places), _held(array[places])
     at_least, larger = keys >= low, keys > high
     places = (at_least ^ larger).nonzero().squeeze(1)
     return int(larger.count_nonzero()), places, keys[places]
+
+
+def _held(array: Any) -> Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _check_finite(keys: Tensor, block: Tensor) -> None:

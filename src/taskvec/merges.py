@@ -238,6 +238,8 @@ def ties(
     n = len(stack)
     factors = _factors(weights, n)
     if scope == "row":
+        if zero == "majority":
+            raise RangeError("a majority over rows is not offered; scope is 'global' or 'tensor' with zero='majority'")
         trimmed = torch.stack([topk(x, density, scope=scope, count=count, at=at) for x in stack])
         trimmed = _scale(trimmed, factors) if weighted_vote else trimmed
     else:

@@ -71,7 +71,7 @@ def elect(
         Yadav et al., TIES-Merging, 2023, https://arxiv.org/abs/2306.01708 (section 3; it leaves zeros open, the
         authors' code gives them the majority's sign; see conventions)
     """
-    if scope == "row":
+    if scope == "row" and zero == "majority":
         raise RangeError("a majority over rows is not offered; scope is 'global' or 'tensor' here")
     if zero not in ("nobody", "positive", "majority"):
         raise RangeError(f"zero elects 'nobody', 'positive' or the 'majority', not {zero!r}")

@@ -23,7 +23,7 @@ from ._arithmetic import (
     scale_of,
     times,
 )
-from ._display import html_table, layer_of
+from ._display import html_table, layer_of, norm_text, share_text
 from ._engine import lift
 from ._errors import (
     DegenerateError,
@@ -31,7 +31,6 @@ from ._errors import (
     MismatchError,
     MissingError,
     NonFiniteError,
-    TaskvecError,
     check_aligned,
     listed,
 )
@@ -433,7 +432,7 @@ class TaskVector(Mapping[str, Tensor]):
         if isinstance(self._tensors, Lazy):
             return f"{type(self).__name__}({size}, lazy, {dtypes})"
         devices = ", ".join(sorted({str(tensor.device) for tensor in self._tensors.values()})) or "nowhere"
-        return f"{type(self).__name__}({size}, norm {_norm_text(self)}, {dtypes} on {devices})"
+        return f"{type(self).__name__}({size}, norm {norm_text(self.norm)}, {dtypes} on {devices})"
 
     def _repr_html_(self) -> str:
         if isinstance(self._tensors, Lazy):
@@ -445,7 +444,9 @@ class TaskVector(Mapping[str, Tensor]):
         for group, names in groups.items():
             part = self._renamed({name: name for name in names})
             entries = sum(self[name].numel() for name in names)
-            rows.append((group, str(len(names)), f"{entries:,}", _norm_text(part), _share_text(part, self)))
+            rows.append(
+                (group, str(len(names)), f"{entries:,}", norm_text(part.norm), share_text(part.norm, self.norm))
+            )
         return html_table(repr(self), ("layers", "tensors", "entries", "norm", "share of norm²"), rows)
 
 
@@ -488,17 +489,3 @@ def _check_pair(doing: str, left: TaskVector, right: TaskVector) -> dict[str, st
 
 def _zero() -> Tensor:
     return torch.zeros((), dtype=torch.float64)
-
-
-def _norm_text(vector: TaskVector) -> str:
-    try:
-        return f"{float(vector.norm()):.4g}"
-    except TaskvecError:
-        return "not finite"
-
-
-def _share_text(part: TaskVector, whole: TaskVector) -> str:
-    try:
-        return f"{float(part.norm() ** 2 / whole.norm() ** 2):.1%}"
-    except TaskvecError:
-        return "-"
