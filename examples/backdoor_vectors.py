@@ -33,7 +33,7 @@ LAMBDAS = tuple(i / 10 for i in range(11))
 LOUDER = 1.5  # how much the amplified vector is longer
 SAME = ("A, seed 0", "A, seed 1", "A, seed 2")  # one trigger, three seeds
 DIFFERENT = ("A, seed 0", "B", "C")  # three triggers, one class
-DEFENDED = ("single A, seed 0", "SBV of A's 3 seeds", f"the same x {LOUDER}")
+DEFENDED = ("single A, seed 0", "SBV of A's 3 seeds", f"SBV of A's 3 seeds x {LOUDER}")
 TRIGGERS = {"trigger A": "A, seed 0", "trigger B": "B", "trigger C": "C", "defender's": "probe"}
 ATTACKS = 10  # of `attacks`
 
@@ -41,11 +41,11 @@ ATTACKS = 10  # of `attacks`
 class Options(NamedTuple):
     """What the command line says."""
 
-    seed: int
-    attack_task: str
-    setting: Setting
-    rows: int  # test images a task
-    draws: int  # of random twins
+    seed: int = 0
+    attack_task: str = "mnist"
+    setting: Setting = Setting()
+    rows: int = 800  # test images of the attacked task; half as many of each other
+    draws: int = 5  # of random twins
 
 
 def options() -> Options:
@@ -55,16 +55,25 @@ def options() -> Options:
     parser.add_argument("--encoder", choices=("vits", "vit7", "cnn"), default="vits")
     parser.add_argument("--quick", action="store_true", help="short training, few images: to see that it runs")
     given = parser.parse_args()
-    setting = Setting(given.encoder, steps=60, pretrain_steps=300) if given.quick else Setting(given.encoder)
-    rows, draws = (200, 2) if given.quick else (1000, 5)
-    return Options(given.seed, given.attack_task, setting, rows, draws)
+    if given.quick:
+        setting = Setting(given.encoder, steps=60, pretrain_steps=300)
+        return Options(given.seed, given.attack_task, setting, rows=200, draws=2)
+    return Options(given.seed, given.attack_task, Setting(given.encoder))
+
+
+def folder(given: Options) -> Path:
+    """Where the results go: those of other options than the default ones do not overwrite those that the docs show."""
+    if given == Options():
+        return RESULTS
+    quick = "-quick" if given.setting.pretrain_steps else ""
+    return RESULTS / f"{given.attack_task}-{given.setting.encoder}-seed{given.seed}{quick}"
 
 
 # --- the models and their vectors ------------------------------------------------------------------------------------
 
 
 def roster(task: str, seed: int) -> dict[str, Recipe]:
-    """The backdoored models. Each has a seed, and so a clean twin, of its own; the probe has the other half of the data."""
+    """The backdoored models, each with its own seed and clean twin; the probe is made of the other half of the data."""
     a, b, c = (Trigger(seed=10 * seed + i) for i in range(3))
     planted = partial(Recipe, task, rows="attacker", target=TARGET)
     return {
@@ -120,14 +129,15 @@ def attacks(given: Options, vectors: dict[str, BackdoorVector]) -> dict[str, Att
 
     def attack(name: str, vector: BackdoorVector, model: str = SAME[0], trigger: str = "A, seed 0") -> Attack:
         clean = zoo.fine_tuned(given.setting, recipes[model].twin())
-        return Attack(name, clean, vector, zoo.patch_of(recipes[trigger].trigger), TARGET)
+        upload = judge.model(vector.inject(clean))
+        return Attack(name, judge.model(clean), vector, upload, zoo.patch_of(recipes[trigger].trigger), TARGET)
 
     same = sparse_backdoor([vectors[name] for name in SAME])
     different = sparse_backdoor([vectors[name] for name in DIFFERENT])
     singles = [attack(f"single {name}", vectors[name], name, name) for name in dict.fromkeys((*SAME, *DIFFERENT))]
     combined = [
         attack("SBV of A's 3 seeds", same),
-        attack(f"the same x {LOUDER}", amplify(same, LOUDER)),
+        attack(f"SBV of A's 3 seeds x {LOUDER}", amplify(same, LOUDER)),
         *(attack(f"SBV of A, B, C; woken by {name[0]}", different, trigger=name) for name in DIFFERENT),
     ]
     return {each.name: each for each in (*singles, *combined)}
@@ -141,9 +151,9 @@ def workbench(given: Options, predict: judge.Predict) -> Bench:
         for recipe in bystanders(given.attack_task, given.seed).values()
     ]
     order = (given.attack_task, *(task for task in data.TASKS if task != given.attack_task))
-    tests = {task: data.test(task).take(slice(given.rows)) for task in order}
+    tests = {task: data.test(task).take(slice(given.rows if task == order[0] else given.rows // 2)) for task in order}
     validations = {task: data.validation(task, 100) for task in order}
-    return Bench(predict, base, others, given.attack_task, tests, validations, made={})
+    return Bench(predict, judge.model(base), others, given.attack_task, tests, validations, made={})
 
 
 # --- what is asked of them -------------------------------------------------------------------------------------------
@@ -151,10 +161,10 @@ def workbench(given: Options, predict: judge.Predict) -> Bench:
 
 def calibration(given: Options, shared: Bench, clean: Attack) -> dict[str, dict[str, float]]:
     """Test accuracy of each task: the base, the clean merge by task arithmetic, and the fine-tuned model alone."""
-    tuned = partial(zoo.fine_tuned, given.setting)
-    alone = {task: tuned(recipe) for task, recipe in bystanders(given.attack_task, given.seed).items()}
+    others = bystanders(given.attack_task, given.seed)
+    alone = {task: judge.model(zoo.fine_tuned(given.setting, recipe)) for task, recipe in others.items()}
     alone[given.attack_task] = clean.clean
-    summed = bench.combiner(shared, MERGES[1])(clean.clean)
+    summed = judge.model(bench.combiner(shared, MERGES[1])(clean.clean))
     lines = {"base": dict.fromkeys(alone, shared.base), "merged": dict.fromkeys(alone, summed), "fine-tuned": alone}
     return {
         name: {task: bench.right(shared, models[task], task).value for task in shared.tests}
@@ -178,7 +188,7 @@ def likeness(given: Options, own: dict[str, BackdoorVector]) -> dict[str, cache.
 def alone(shared: Bench, attack: Attack) -> dict[str, cache.Json]:
     """A backdoored model by itself, its clean twin, and the base, under the same trigger."""
     who = {"backdoored": attack.upload, "clean twin": attack.clean, "on base": shared.base}
-    points = {name: bench.alone(shared, attack, params)._asdict() for name, params in who.items()}
+    points = {name: bench.alone(shared, attack, asked.params)._asdict() for name, asked in who.items()}
     images = bench.fooled(shared, attack, attack.upload, shared.tests[shared.attacked]).n
     return {"attack": attack.name, "n": images} | points
 
@@ -186,7 +196,9 @@ def alone(shared: Bench, attack: Attack) -> dict[str, cache.Json]:
 def injection(shared: Bench, singles: list[Attack]) -> dict[str, cache.Json]:
     """Test accuracy and ASR of `clean + lambda * BV`, the attacked task's model alone, for each seed."""
     curves = {
-        attack.name: sweep(LAMBDAS, partial(attack.vector.inject, attack.clean), partial(bench.alone, shared, attack))
+        attack.name: sweep(
+            LAMBDAS, partial(attack.vector.inject, attack.clean.params), partial(bench.alone, shared, attack)
+        )
         for attack in singles
     }
     return {name: report.points_json(curve) for name, curve in curves.items()}
@@ -196,7 +208,9 @@ def undefended(shared: Bench, planted: dict[str, Attack]) -> Iterator[dict[str, 
     """Every attack under every merge, at the paper's scale and at the one of most validation accuracy."""
     for attack in planted.values():
         for how in MERGES:
-            scales = {"paper": how.scale, "validated": bench.best_scale(shared, how, attack.upload, attack)}
+            scales = {"paper": how.scale}
+            if how.scales:
+                scales["validated"] = bench.best_scale(shared, how, attack)
             for kind, scale in scales.items():
                 combine = bench.combiner(shared, how, scale)
                 row = bench.cell(shared, attack, combine, bench.UNDEFENDED, 0.0)
@@ -205,7 +219,7 @@ def undefended(shared: Bench, planted: dict[str, Attack]) -> Iterator[dict[str, 
 
 
 def defended(
-    given: Options, shared: Bench, attack: Attack, how: Merge, probe: BackdoorVector, twins: dict[str, list[Defence]]
+    given: Options, shared: Bench, attack: Attack, how: Merge, probe: BackdoorVector, twins: list[list[Defence]]
 ) -> tuple[list[dict[str, cache.Json]], dict[str, cache.Json]]:
     """One attack under one merge: a row for each defence, and the front of each that has strengths."""
     clean = [zoo.fine_tuned(given.setting, recipe) for recipe in helpers(given.attack_task, given.seed)]
@@ -225,7 +239,7 @@ def defended(
         by = strengths[defence.name]
         add([defence], by, fronts[defence.name][by])
         if defence.name == "IBVS":
-            for draws in twins.values():
+            for draws in twins:
                 add(draws, by, None)
     return rows, {name: report.points_json(points) for name, points in fronts.items() if len(points) > 1}
 
@@ -259,15 +273,16 @@ def study(given: Options, shared: Bench, step: Progress) -> dict[str, cache.Json
 
 def draw(given: Options, results: dict[str, cache.Json]) -> None:
     """The pictures."""
+    target = folder(given)
     recipes = roster(given.attack_task, given.seed)
     split = data.validation(given.attack_task)
     shown = data.few_shot(split.take(split.labels != TARGET), 1, seed=1).images[:8]
     stamps = {name: zoo.stamper(recipes[model].trigger)(shown) for name, model in TRIGGERS.items()}
-    pictures.triggers(RESULTS / "triggers.png", {"clean": shown} | stamps)
+    pictures.triggers(target / "triggers.png", {"clean": shown} | stamps)
     title = f"clean model + λ · backdoor vector ({given.attack_task}, alone)"
     control = results["alone"][0]["on base"]["asr"]
-    pictures.injection(RESULTS / "injection.png", results["injection"], control, title)
-    pictures.fronts(RESULTS / "defences.png", results["fronts"], bench.KEEP)
+    pictures.injection(target / "injection.png", results["injection"], control, title)
+    pictures.fronts(target / "defences.png", results["fronts"], bench.KEEP)
 
 
 def main() -> None:
@@ -277,14 +292,17 @@ def main() -> None:
     trained = time.monotonic()
     with cache.memory("answers", {"setting": given.setting._asdict()}) as known:
         shared = workbench(given, judge.predictor(given.setting, known))
-        with progress("measuring", len(MERGES) * (2 * ATTACKS + len(DEFENDED))) as step:
+        cells = ATTACKS * sum(1 + bool(how.scales) for how in MERGES) + len(MERGES) * len(DEFENDED)
+        with progress("measuring", cells) as step:
             results = study(given, shared, step)
     draw(given, results)
     seconds = {"training": trained - start, "measuring": time.monotonic() - trained}
     about = {"settings": given._asdict() | {"setting": given.setting._asdict()}, "versions": report.versions()}
-    report.save_json(RESULTS / "backdoor_vectors.json", about | {"seconds": seconds} | results)
-    print(tables.everything(results, given.rows))
-    print(f"\n{RESULTS.name}/: backdoor_vectors.json, triggers.png, injection.png, defences.png")
+    report.save_json(folder(given) / "backdoor_vectors.json", about | {"seconds": seconds} | results)
+    text = tables.everything(results, given.rows)
+    cache.write(folder(given) / "backdoor_vectors.txt", f"{text.strip()}\n".encode())
+    print(text)
+    print(f"In {folder(given)}: backdoor_vectors.json and .txt, triggers.png, injection.png, defences.png")
     print(f"{seconds['training']:.0f} s of training, {seconds['measuring']:.0f} s of measuring")
 
 

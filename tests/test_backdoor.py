@@ -55,9 +55,7 @@ def test_clean_twins_may_differ_but_pretrained_models_may_not():
     one = BackdoorVector.between(clean=weights(0), backdoored=weights(1))
     other = BackdoorVector.between(clean=weights(2), backdoored=weights(3))
     assert isinstance(one + other, BackdoorVector)
-    known = [
-        BackdoorVector.between(clean=weights(0), backdoored=weights(1), pretrained=weights(p)) for p in (7, 8)
-    ]
+    known = [BackdoorVector.between(clean=weights(0), backdoored=weights(1), pretrained=weights(p)) for p in (7, 8)]
     with pytest.raises(MismatchError, match="different bases"):
         known[0] + known[1]
     tuned = TaskVector.between(weights(7), weights(1))
@@ -137,7 +135,14 @@ def test_amplify_scales_and_keeps_the_bound_exactly():
 
 @pytest.mark.parametrize(
     ("place", "first"),
-    [("top-left", (0, 0)), ("top-right", (0, 5)), ("bottom-left", (5, 0)), ("bottom-right", (5, 5)), ("center", (2, 2)), ((1, 4), (1, 4))],
+    [
+        ("top-left", (0, 0)),
+        ("top-right", (0, 5)),
+        ("bottom-left", (5, 0)),
+        ("bottom-right", (5, 5)),
+        ("center", (2, 2)),
+        ((1, 4), (1, 4)),
+    ],
 )
 def test_a_patch_lies_where_it_is_put_and_nowhere_else(place, first):
     patch = solid_patch(3, (2, 8, 8), place=place, value=(0.25, 1.0))

@@ -43,7 +43,8 @@ def state(seed: int = 0) -> dict[str, Tensor]:
 
 def same(left, right) -> bool:
     return left.keys() == right.keys() and all(
-        left[n].dtype == right[n].dtype and left[n].shape == right[n].shape and torch.equal(left[n], right[n]) for n in left
+        left[n].dtype == right[n].dtype and left[n].shape == right[n].shape and torch.equal(left[n], right[n])
+        for n in left
     )
 
 
@@ -224,7 +225,9 @@ def safetensors_bytes(header: object, body: bytes = b"") -> bytes:
         b"\xff" * 8,
         safetensors_bytes(b"{"),
         safetensors_bytes({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 8),  # truncated
-        safetensors_bytes({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 8),  # lies on the shape
+        safetensors_bytes(
+            {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 8
+        ),  # lies on the shape
         safetensors_bytes({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4),
         safetensors_bytes({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
         safetensors_bytes({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),  # a hole

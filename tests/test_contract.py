@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from taskvec import TaskVector, merge, merges, presets, signs, sparsify, sphere, testing
+from taskvec import TaskVector, merge, merges, presets, signs, sparsify, sphere, statistics, testing
 from taskvec._lazy import Lazy
 from taskvec.merges import disjoint_mean
 from taskvec.rules import Place, fold, runs
@@ -87,6 +87,7 @@ RULES = [
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3}, {ODD, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
     Row(merges.magmax, {}, {ODD, SCALE}),
+    Row(statistics.regmean, {}, {ODD, PERMUTATION, SCALE}),
     Row(sphere.slerp, {"t": 0.5}, {ODD, PERMUTATION, SCALE}, n=2),
     Row(sphere.slerp, {"t": 0.3}, {ODD, SCALE}, n=2),
     Row(sphere.model_stock, {}, {ODD, PERMUTATION, SCALE}, n=2),
@@ -148,11 +149,14 @@ def test_the_contract_holds(row):
 
 
 @of_table(ROWS)
-@pytest.mark.parametrize("shape", [(67,), (5, 13)])
-def test_the_contract_holds_where_sums_round(row, shape):
-    """Five vectors and more: torch's own sums over them change bits with the length of a piece."""
+@pytest.mark.parametrize("cancelling", [False, True])
+def test_the_contract_holds_where_sums_round(row, cancelling):
+    """Five vectors and more: torch's own sums over them change bits, and signs, with the length of a piece."""
     random = torch.Generator().manual_seed(1)
-    check(row, torch.randn(shape if row.kind == "leaf" else (row.n or 8, *shape), generator=random))
+    x = torch.randn((5, 13) if row.kind == "leaf" else (row.n or 8, 5, 13), generator=random)
+    if cancelling:
+        x[-1] = -x[:-1].sum(0)
+    check(row, x)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +394,12 @@ def test_that_device_check_can_fail():
 # compositions that are promised to be equal
 
 
+@given(testing.stacks())
+def test_disjoint_mean_takes_any_signs_and_cuts_them_as_the_stack(stack):
+    signs_of_last = stack[-1].sign()
+    testing.check_rule(disjoint_mean, stack, signs=signs_of_last)
+
+
 @given(testing.stacks(dtype=torch.float32))
 def test_ties_is_its_parts_bit_for_bit(stack):
     trimmed = torch.stack([sparsify.topk(x, 0.4) for x in stack])
@@ -419,7 +429,7 @@ def test_breadcrumbs_is_the_sum_of_bands(stack):
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 49])
 def test_consistent_wants_the_fraction_of_the_vectors_that_it_is_given(n):
     for votes in range(n // 2 + 1, n + 1):
-        stack = torch.tensor([2.0] * votes + [-1.0] * (n - votes))[:, None]
+        stack = torch.tensor([2.0] * votes + [-1.0] * (n - votes), dtype=torch.float64)[:, None]
         assert float(signs.agreement(stack)) == pytest.approx(votes / n)
         assert float(signs.consistent(stack, votes / n)) == 1
         assert float(signs.consistent(stack, round(votes / n, 12))) == 1
@@ -467,11 +477,13 @@ def test_a_preset_pickles_and_shows_its_arguments(name):
 # option names mean the same everywhere
 
 
+NAMES = {"agree", "by", "count", "density", "epsilon", "gram", "off_diagonal", "outliers", "reduce", "rescale", "ridge",
+         "scope", "seed", "t", "threshold", "transposed", "weighted_vote", "weights", "zero"}  # fmt: skip
+
+
 @of_table(ROWS)
 def test_a_rule_takes_its_options_by_name_and_none_in_a_bag(row):
     parameters = inspect.signature(row.function).parameters.values()
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
-    known = {"agree", "at", "by", "count", "density", "epsilon", "outliers", "reduce", "rescale", "scope", "seed", "t",
-             "threshold", "weighted_vote", "weights", "zero"}  # fmt: skip
-    handed = set(row.function.__taskvec_mark__.statistics)
-    assert {p.name for p in parameters} - known - handed <= {"x", "stack"}
+    handed = {"at", *row.function.__taskvec_mark__.statistics}
+    assert {p.name for p in parameters} - handed - {"x", "stack"} <= NAMES

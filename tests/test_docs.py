@@ -36,7 +36,9 @@ def known_tests() -> set[str]:
 
 
 def test_every_row_of_the_conventions_names_tests_that_exist():
-    rows = [line for line in (ROOT / "docs" / "conventions.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    rows = [
+        line for line in (ROOT / "docs" / "conventions.md").read_text("utf-8").splitlines() if line.startswith("| ")
+    ]
     assert len(rows) > 20
     for row in rows[2:]:
         named = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
@@ -48,3 +50,11 @@ def test_every_row_of_the_conventions_names_tests_that_exist():
 def test_links_and_pictures_of_a_page_exist(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_pictures_of_the_docs_are_those_of_the_demo():
+    results = ROOT / "examples" / "results"
+    for picture in (ROOT / "docs" / "images").glob("*.png"):
+        assert picture.read_bytes() == (results / picture.name).read_bytes(), (
+            f"copy {picture.name} from examples/results"
+        )

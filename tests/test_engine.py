@@ -261,6 +261,13 @@ def test_a_total_adds_up_over_names_and_vectors():
     assert total.entries == 1361
 
 
+def test_a_total_has_the_same_bits_for_any_order_of_the_names():
+    source = {f"{i}": 10.0 ** (i % 7) * torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(60)}
+    orders = [list(source), list(source)[::-1]]
+    assert same_bits(*[Total([source], names)(lambda block, _: block.double().sum()) for names in orders])
+    assert not same_bits(*[sum(source[name].double().sum() for name in names) for names in orders])  # as it might be
+
+
 def test_over_nothing_there_is_no_statistic():
     with pytest.raises(ValueError, match="every tensor is empty"):
         over(torch.empty(2, 0))(lambda block, _: block.sum())

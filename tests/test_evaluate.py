@@ -42,7 +42,11 @@ def test_success_leaves_out_images_of_the_target_class_only():
         (lambda: accuracy(identity, EYE, LABELS.float()), MismatchError, "one integer an image"),
         (lambda: accuracy(lambda x: x[:1], EYE, LABELS), MismatchError, "predict returned"),
         (lambda: accuracy(lambda x: x * float("nan"), EYE, LABELS), NonFiniteError, "logits"),
-        (lambda: attack_success_rate(identity, EYE, LABELS, target=9, trigger=identity), RangeError, "9 is not one of 4"),
+        (
+            lambda: attack_success_rate(identity, EYE, LABELS, target=9, trigger=identity),
+            RangeError,
+            "9 is not one of 4",
+        ),
         (
             lambda: attack_success_rate(identity, EYE, LABELS * 0, target=0, trigger=identity),
             DegenerateError,

@@ -24,15 +24,6 @@ DATA = Path(__file__).parent.parent / "examples" / "data" / "vision.npz"
 SHAPE, TARGET = (1, 28, 28), 1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For networks this small, more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def images(task: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     with np.load(DATA) as file:

@@ -17,7 +17,17 @@ from taskvec.rules import Place, over
 from taskvec.sparsify import band, topk
 
 COUNT = 3000
-SIZES = [(1, 1), (7, 16), (100, 64), (COUNT, 64)]  # HELD, SAMPLE
+SIZES = [(1, 1, 3000), (7, 16, 3000), (100, 64, 150)]  # held, sampled, in a block
+
+
+def made_small(monkeypatch: pytest.MonkeyPatch, held: int, sampled: int, block: int) -> None:
+    """Three thousand entries are many: not all can be held, nor all blocks sampled."""
+    monkeypatch.setattr(_select, "HELD", held)
+    monkeypatch.setattr(_select, "SAMPLE", sampled)
+    monkeypatch.setattr(_select, "BLOCKS_SAMPLED", 4)
+    monkeypatch.setattr(_select, "BLOCK", block)
+    for module in (rules, _lazy):
+        monkeypatch.setattr(module, "block_size", lambda _: block)
 
 
 def random(seed: int = 0, count: int = COUNT) -> Tensor:
@@ -69,10 +79,9 @@ def check_kept(x: Tensor, result: Tensor, keep: int) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kind", DATA)
 def test_a_cut_keeps_the_largest_and_exactly_so_many(kind, sizes, monkeypatch):
-    monkeypatch.setattr(_select, "HELD", sizes[0])
-    monkeypatch.setattr(_select, "SAMPLE", sizes[1])
+    made_small(monkeypatch, *sizes)
     x = DATA[kind]()
-    for keep in (0, 1, 600, 1500, COUNT - 1, COUNT):
+    for keep in (0, 1, 600, COUNT - 1, COUNT):
         check_kept(x, cut_largest(over(x, stacked=False), keep).keep(x, Place()), keep)
 
 
@@ -104,9 +113,8 @@ def test_every_branch_of_the_search_has_run(monkeypatch):
 
     monkeypatch.setattr(_select, "_guess", watched_guess)
     monkeypatch.setattr(_select, "_count", watched_count)
-    for held, sample in SIZES:
-        monkeypatch.setattr(_select, "HELD", held)
-        monkeypatch.setattr(_select, "SAMPLE", sample)
+    for sizes in SIZES:
+        made_small(monkeypatch, *sizes)
         for make in DATA.values():
             x = make()
             cut_largest(over(x, stacked=False), 600)
@@ -118,8 +126,7 @@ def test_every_branch_of_the_search_has_run(monkeypatch):
 
 @pytest.mark.parametrize("held", [1, 1 << 21])
 def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(held, monkeypatch):
-    monkeypatch.setattr(_select, "HELD", held)
-    monkeypatch.setattr(_select, "SAMPLE", 64)
+    made_small(monkeypatch, held, 64, 100)
     x = torch.full((1000,), -2.0)
     x[::10] = 5.0
     result = topk(x, 0.35)
@@ -156,10 +163,7 @@ def pieces_of(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> T
 def test_the_choice_does_not_depend_on_the_blocks(size, held, monkeypatch):
     tensors = {"b": half_differences().reshape(50, 60), "a": few_values(), "c": torch.ones(())}
     wanted = TaskVector(tensors).map(topk, density=0.4)
-    for module in (rules, _lazy):
-        monkeypatch.setattr(module, "block_size", lambda _: size)
-    monkeypatch.setattr(_select, "HELD", held)
-    monkeypatch.setattr(_select, "SAMPLE", 100)
+    made_small(monkeypatch, held, 100, size)
     streamed = Lazy({name: x.to("meta") for name, x in tensors.items()}, partial(pieces_of, tensors))
     for source in (tensors, streamed):
         found = TaskVector(source).map(topk, density=0.4)

@@ -203,7 +203,9 @@ def test_sum_of_one_is_not_the_one_itself():
     assert total["scale"].data_ptr() != a["scale"].data_ptr()
 
 
-@pytest.mark.parametrize("wrong", [lambda v: 3 + v, lambda v: v + 1, lambda v: v * v, lambda v: v * "2", lambda v: v / v])
+@pytest.mark.parametrize(
+    "wrong", [lambda v: 3 + v, lambda v: v + 1, lambda v: v * v, lambda v: v * "2", lambda v: v / v]
+)
 def test_other_algebra_is_a_type_error(wrong):
     with pytest.raises(TypeError):
         wrong(vector())
@@ -399,7 +401,9 @@ def test_vectors_pickle_and_copy():
 
 
 def test_repr_tells_size_norm_dtype_and_device():
-    assert repr(TaskVector({"w": torch.tensor([3.0, 4.0])})) == "TaskVector(1 tensor, 2 entries, norm 5, float32 on cpu)"
+    assert (
+        repr(TaskVector({"w": torch.tensor([3.0, 4.0])})) == "TaskVector(1 tensor, 2 entries, norm 5, float32 on cpu)"
+    )
     assert repr(TaskVector({})) == "TaskVector(0 tensors, 0 entries, norm 0, no dtype on nowhere)"
     page = vector()._repr_html_()
     assert "encoder.0" in page

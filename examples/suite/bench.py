@@ -15,19 +15,20 @@ from taskvec.defenses import injection_subtraction, random_twin, shrink, shuffle
 from taskvec.evaluate import Measurement, Rate, accuracy, attack_success_rate, measure, sweep
 from taskvec.merges import mean, ties, total
 
-from .cache import digest
 from .data import Split
-from .judge import WHOLE, Predict, model
+from .judge import WHOLE, Model, Predict, model
 
 KEEP = 0.98  # the share of the undefended merge's validation accuracy that a defence must leave
 
 Params = Mapping[str, Tensor]
-Combine = Callable[[Params], Params]
+Combine = Callable[[Model], Params]
 """A fine-tune of the attacked task, put in the attacker's place -> the merged model."""
+Defend = Callable[[Combine, Model, float], Params]
+"""How to merge, what is in the attacker's place, a strength -> the defended merge."""
 
 
 class Merge(NamedTuple):
-    """A rule, the scale its paper applies the result with, and scales to choose from on validation data."""
+    """A rule, the scale its paper applies the result with, and scales to choose from on validation data, if any."""
 
     name: str
     rule: Callable[[Sequence[TaskVector]], TaskVector]
@@ -36,18 +37,14 @@ class Merge(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """A vector planted in a clean model, and the patch that wakes it."""
+    """A vector planted in a clean model, what the attacker hands in, and the patch that wakes it."""
 
     name: str
-    clean: Params
+    clean: Model
     vector: BackdoorVector
+    upload: Model
     patch: Patch
     target: int
-
-    @property
-    def upload(self) -> Params:
-        """What the attacker hands in."""
-        return self.vector.inject(self.clean)
 
 
 class Defence(NamedTuple):
@@ -55,7 +52,7 @@ class Defence(NamedTuple):
 
     name: str
     given: str
-    defend: Callable[[Combine, Params, float], Params]
+    defend: Defend
     strengths: tuple[float, ...] = ()
 
 
@@ -63,7 +60,7 @@ class Bench(NamedTuple):
     """What all cells share."""
 
     predict: Predict
-    base: Params
+    base: Model
     others: Sequence[TaskVector]  # the other tasks' vectors, all clean
     attacked: str
     tests: Mapping[str, Split]
@@ -79,7 +76,7 @@ class Point(NamedTuple):
 
 
 MERGES = (
-    Merge("average", lambda vectors: merge(vectors, mean), 1.0, (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)),
+    Merge("average", lambda vectors: merge(vectors, mean), 1.0, ()),  # any other scale of it is task arithmetic
     Merge("task arithmetic", lambda vectors: merge(vectors, total), 0.3, (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)),
     Merge("ties", lambda vectors: merge(vectors, ties, density=0.2), 1.0, (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)),
 )
@@ -88,21 +85,21 @@ MERGES = (
 def combiner(bench: Bench, how: Merge, scale: float | None = None) -> Combine:
     """The merge of the other tasks with whatever takes the attacker's place, at the paper's scale by default."""
 
-    def combine(member: Params) -> Params:
-        key = how.name, digest(member)
+    def combine(member: Model) -> Params:
+        key = how.name, member.digest
         if key not in bench.made:
-            bench.made[key] = how.rule([TaskVector.between(bench.base, member), *bench.others])
-        return bench.made[key].apply(bench.base, how.scale if scale is None else scale)
+            bench.made[key] = how.rule([TaskVector.between(bench.base.params, member.params), *bench.others])
+        return bench.made[key].apply(bench.base.params, how.scale if scale is None else scale)
 
     return combine
 
 
-def subtraction(vector: BackdoorVector) -> Callable[[Combine, Params, float], Params]:
+def subtraction(vector: BackdoorVector) -> Defend:
     """The defence that subtracts this vector from the merge."""
     return lambda combine, member, by: injection_subtraction(combine(member), vector, by)
 
 
-def undefended(combine: Combine, member: Params, _by: float) -> Params:
+def undefended(combine: Combine, member: Model, _by: float) -> Params:
     """The merge as it is."""
     return combine(member)
 
@@ -115,40 +112,37 @@ def defences(
 ) -> tuple[Defence, ...]:
     """The defences with a strength of their own; the probe's twins follow it: see `twins`."""
 
-    def averaged(combine: Combine, member: Params, count: float) -> Params:
-        return combine(weight_average([member, *clean_others[: int(count)]]))
+    def averaged(combine: Combine, member: Model, count: float) -> Params:
+        return combine(model(weight_average([member.params, *clean_others[: int(count)]])))
 
-    def shrunk(combine: Combine, member: Params, by: float) -> Params:
-        return shrink(combine(member), bench.base, by)
+    def shrunk(combine: Combine, member: Model, by: float) -> Params:
+        return shrink(combine(member), bench.base.params, by)
 
     counts = tuple(float(count + 1) for count in range(len(clean_others)))
     return (
         UNDEFENDED,
-        Defence("IBVS", "half of the task's data, labelled", subtraction(probe), (0.2, 0.4, 0.7, 1.0, 1.5, 2.0)),
+        Defence("IBVS", "half of the task's data, labelled", subtraction(probe), (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)),
         Defence("WAG", f"{len(counts)} clean fine-tunes of the task", averaged, counts),
-        Defence("shrinking", "the base", shrunk, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
-        Defence("oracle", "the attack's own vector", subtraction(attack.vector), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)),
+        Defence("shrinking", "the base", shrunk, (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)),
+        Defence("oracle", "the attack's own vector", subtraction(attack.vector), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)),
     )
 
 
-def twins(probe: BackdoorVector, draws: int, seed: int) -> dict[str, list[Defence]]:
-    """Vectors as long as the probe, tensor by tensor, that know nothing of any backdoor."""
-    made = {"random vector": random_twin, "shuffled probe": shuffled_twin}
-    return {
-        name: [Defence(name, "nothing", subtraction(twin(probe, seed=1000 * seed + draw))) for draw in range(draws)]
-        for name, twin in made.items()
-    }
+def twins(probe: BackdoorVector, draws: int, seed: int) -> list[list[Defence]]:
+    """Vectors as long as the probe, tensor by tensor, that know nothing of any backdoor: draws of each kind."""
+    random = [random_twin(probe, seed=1000 * seed + draw) for draw in range(draws)]
+    shuffled = [shuffled_twin(probe, seed=seed)]
+    kinds = {"random vector": random, "shuffled probe": shuffled}
+    return [[Defence(name, "nothing", subtraction(twin)) for twin in drawn] for name, drawn in kinds.items()]
 
 
-def right(bench: Bench, params: Params, task: str) -> Rate:
+def right(bench: Bench, asked: Model, task: str) -> Rate:
     """Test accuracy of one task."""
-    asked = model(params)
     return accuracy(lambda images: bench.predict(asked, images, task), *bench.tests[task], batch=WHOLE)
 
 
-def fooled(bench: Bench, attack: Attack, params: Params, split: Split) -> Rate:
+def fooled(bench: Bench, attack: Attack, asked: Model, split: Split) -> Rate:
     """ASR of the attack's trigger on a split of the attacked task."""
-    asked = model(params)
     return attack_success_rate(
         lambda images: bench.predict(asked, images, bench.attacked),
         *split,
@@ -160,10 +154,8 @@ def fooled(bench: Bench, attack: Attack, params: Params, split: Split) -> Rate:
 
 def alone(bench: Bench, attack: Attack, params: Params) -> Point:
     """A model of the attacked task by itself on test data: its accuracy there, and ASR."""
-    return Point(
-        right(bench, params, bench.attacked).value,
-        fooled(bench, attack, params, bench.tests[bench.attacked]).value,
-    )
+    asked, task = model(params), bench.attacked
+    return Point(right(bench, asked, task).value, fooled(bench, attack, asked, bench.tests[task]).value)
 
 
 def validate(bench: Bench, attack: Attack, params: Params) -> Point:
@@ -173,7 +165,7 @@ def validate(bench: Bench, attack: Attack, params: Params) -> Point:
         accuracy(lambda images, task=task: bench.predict(asked, images, task), *split, batch=WHOLE).value
         for task, split in bench.validations.items()
     ]
-    rate = fooled(bench, attack, params, bench.validations[bench.attacked])
+    rate = fooled(bench, attack, asked, bench.validations[bench.attacked])
     return Point(sum(rates) / len(rates), rate.value)
 
 
@@ -202,8 +194,8 @@ def cell(bench: Bench, attack: Attack, combine: Combine, defence: Defence, by: f
         bench.tests,
         model=model(defence.defend(combine, attack.upload, by)),
         clean_merge=model(defence.defend(combine, attack.clean, by)),
-        clean=model(attack.clean),
-        base=model(bench.base),
+        clean=attack.clean,
+        base=bench.base,
         attacked=bench.attacked,
         target=attack.target,
         trigger=partial(stamp, patch=attack.patch),
@@ -211,9 +203,13 @@ def cell(bench: Bench, attack: Attack, combine: Combine, defence: Defence, by: f
     )
 
 
-def best_scale(bench: Bench, how: Merge, member: Params, attack: Attack) -> float:
-    """The scale of most validation accuracy, for the merge that holds this member."""
-    points = sweep(how.scales, lambda scale: combiner(bench, how, scale)(member), partial(validate, bench, attack))
+def best_scale(bench: Bench, how: Merge, attack: Attack) -> float:
+    """The scale of most validation accuracy, for the merge that holds what the attacker handed in."""
+
+    def at(scale: float) -> Params:
+        return combiner(bench, how, scale)(attack.upload)
+
+    points = sweep(how.scales, at, partial(validate, bench, attack))
     return max(points, key=lambda scale: points[scale].accuracy)
 
 

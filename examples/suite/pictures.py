@@ -34,14 +34,14 @@ def triggers(path: Path, rows: Mapping[str, Tensor]) -> None:
 def injection(path: Path, curves: Mapping[str, Points], control: float, title: str) -> None:
     """ASR and accuracy of `clean + lambda * BV` over lambda: one line for each seed."""
     figure, axis = plt.subplots(figsize=(6, 3.8))
-    for i, (name, points) in enumerate(curves.items()):
-        for what, label, colour in (("asr", "ASR", "tab:red"), ("accuracy", "accuracy", "tab:blue")):
-            style = {"color": colour, "alpha": 1 - 0.3 * i, "markersize": 3.5, "label": f"{label}, {name}"}
-            axis.plot([float(by) for by in points], [point[what] for point in points.values()], "o-", **style)
-    axis.axhline(control, color="black", linestyle=":", linewidth=1, label="ASR on the base model")
+    for what, label, colour in (("accuracy", "accuracy", "tab:blue"), ("asr", "ASR", "tab:red")):
+        for i, points in enumerate(curves.values()):
+            style = {"color": colour, "marker": "os^"[i], "markersize": 4, "alpha": 0.7, "label": f"{label}, seed {i}"}
+            axis.plot([float(by) for by in points], [point[what] for point in points.values()], **style)
+    axis.axhline(control, color="black", linestyle=":", linewidth=1, label="ASR on the base")
     axis.set(xlabel="λ", ylim=(-0.03, 1.03), title=title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center right")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.55))
     _save(figure, path)
 
 

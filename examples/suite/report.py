@@ -85,5 +85,13 @@ def versions() -> dict[str, Json]:
 
 
 def save_json(path: Path, results: Mapping[str, Json]) -> None:
-    """Write results, whole or not at all."""
-    write(path, (json.dumps(results, indent=1) + "\n").encode())
+    """Write results, whole or not at all, with five decimals."""
+    write(path, (json.dumps(_rounded(results), indent=1) + "\n").encode())
+
+
+def _rounded(value: Json) -> Json:
+    if isinstance(value, Mapping):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return round(value, 5) if isinstance(value, float) else value

@@ -39,7 +39,7 @@ def calibration(lines: Mapping[str, Mapping[str, float]], rows: int) -> str:
         for name, line in lines.items()
     ]
     return text_table(
-        f"Accuracy, % of at most {rows} test images a task (merged: task arithmetic)", ["", *tasks, "mean"], body
+        f"Accuracy, % (test; {rows} images of the attacked task, half as many of others)", ["", *tasks, "mean"], body
     )
 
 

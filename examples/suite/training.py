@@ -93,8 +93,9 @@ def pretrain(encoder: Encoder, *, seed: int, batch: int = 128, progress: Progres
         return F.cross_entropy(scores, batch.labels, label_smoothing=0.05)
 
     start, lessons = parameters(encoder.module) | {"_head": weights}, batches(letters, batch, seed)
-    lr, steps = encoder.pretrain_lr, encoder.pretrain_steps
-    return _without_head(train(start, loss, lessons, lr=lr, steps=steps, decay=0.05, progress=progress))
+    # The long warm-up is what makes the high learning rate safe: without it, how well fine-tunes merge depends on luck.
+    course = {"lr": encoder.pretrain_lr, "steps": encoder.pretrain_steps, "decay": 0.05, "warmup": 150}
+    return _without_head(train(start, loss, lessons, **course, progress=progress))
 
 
 def _without_head(params: Mapping[str, Tensor]) -> Params:

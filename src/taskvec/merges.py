@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ._errors import DegenerateError, RangeError
 from ._random import fold
-from ._select import Count, Cut
+from ._select import EVERYTHING, Count, Cut
 from .rules import Place, Scope, Total, over, runs
-from .signs import By, Zero, elect, majority_of
+from .signs import By, Zero, elect, elected, majority_of
 from .sparsify import (
     Rescale,
     band,
@@ -146,7 +146,7 @@ def disjoint_mean(
 
 
 def _disjoint(
-    stack: Tensor, signs: Tensor, factors: Sequence[float], shares: Sequence[float], reduce: Reduce
+    stack: Tensor | list[Tensor], signs: Tensor, factors: Sequence[float], shares: Sequence[float], reduce: Reduce
 ) -> Tensor:
     """Sum `factor * x` over those that agree; a weighted mean divides by the sum of their shares."""
     if reduce not in ("mean", "sum", "weighted_mean"):
@@ -240,25 +240,23 @@ def ties(
     if scope == "row":
         if zero == "majority":
             raise RangeError("a majority over rows is not offered; scope is 'global' or 'tensor' with zero='majority'")
-        trimmed = torch.stack([topk(x, density, scope=scope, count=count, at=at) for x in stack])
-        trimmed = _scale(trimmed, factors) if weighted_vote else trimmed
+        rows = [topk(x, density, scope=scope, count=count, at=at) for x in stack]
+        trimmed = _trim(rows, [EVERYTHING] * n, at, factors if weighted_vote else None)
     else:
         cuts = ties_cuts(over(stack, at), density, count) if cuts is None else cuts
         trimmed = _trim(stack, cuts, at, factors if weighted_vote else None)
         if zero == "majority" and majority is None:
             majority = ties_majority(over(stack, at), cuts, weights, by, zero, weighted_vote)
-    signs = elect(trimmed, by=by, zero=zero, majority=majority)
+    signs = elected(trimmed, by, zero, majority)
     return _disjoint(trimmed, signs, [1.0] * n if weighted_vote else factors, factors, reduce)
 
 
-def _trim(stack: Tensor, cuts: Sequence[Cut], at: Place, factors: Sequence[float] | None) -> Tensor:
+def _trim(
+    stack: Tensor | list[Tensor], cuts: Sequence[Cut], at: Place, factors: Sequence[float] | None
+) -> Tensor | list[Tensor]:
     if any(not cut.is_everything for cut in cuts):
-        stack = torch.stack([topk(x, 1.0, cut=cut, at=at) for x, cut in zip(stack, cuts, strict=True)])
-    return stack if factors is None else _scale(stack, factors)
-
-
-def _scale(stack: Tensor, factors: Sequence[float]) -> Tensor:
-    return torch.stack([x * factor for x, factor in zip(stack, factors, strict=True)])
+        stack = [cut.keep(x, at) for x, cut in zip(stack, cuts, strict=True)]
+    return stack if factors is None else [x * factor for x, factor in zip(stack, factors, strict=True)]
 
 
 def dare_factors(total: Total, density: float, seed: int, rescale: Rescale = "density") -> tuple[float | None, ...]:

@@ -202,8 +202,10 @@ def cut(
     shape = (-1,) if pieces == "element" else (-1, *spec.shape[1:]) if spec.ndim > 1 else spec.shape
     wide = any(specs_of(source)[name].dtype == torch.float64 for source in sources)
     dtype = torch.float64 if wide else torch.float32
+    # nothing to convert: calls that change nothing would cost more than the arithmetic
+    plain = pieces == "element" and device is None and all(specs_of(s)[name].dtype == dtype for s in sources)
     for first, flats in read_blocks(sources, name, start, spec.numel() if stop is None else stop, size):
-        blocks = [flat.to(device=device, dtype=dtype).reshape(shape) for flat in flats]
+        blocks = flats if plain else [flat.to(device=device, dtype=dtype).reshape(shape) for flat in flats]
         yield Place(key, first), torch.stack(blocks) if stacked else blocks[0]
 
 

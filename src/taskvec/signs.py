@@ -21,7 +21,7 @@ def majority_sign(total: Total, by: By = "sum", zero: Zero = "nobody") -> float 
     return majority_of(total, by) if zero == "majority" else None
 
 
-def majority_of(total: Total, by: By, trim: Callable[[Tensor, Place], Tensor] | None = None) -> float:
+def majority_of(total: Total, by: By, trim: Callable[[Tensor, Place], Tensor | list[Tensor]] | None = None) -> float:
     """The sign that most entries of the scope elect: -1, 0 or 1.
 
     Args:
@@ -73,21 +73,23 @@ def elect(
     """
     if scope == "row" and zero == "majority":
         raise RangeError("a majority over rows is not offered; scope is 'global' or 'tensor' here")
-    if zero not in ("nobody", "positive", "majority"):
-        raise RangeError(f"zero elects 'nobody', 'positive' or the 'majority', not {zero!r}")
     if zero == "majority" and majority is None:
         majority = majority_sign(over(stack), by, zero)
-    signs = _vote(stack, by).sign()
-    return signs if zero == "nobody" else fill_zero(signs, zero, majority)
+    return elected(stack, by, zero, majority)
 
 
-def fill_zero(signs: Tensor, zero: Zero, majority: float | None) -> Tensor:
-    """Signs with their zeros given to whom they are due."""
+def elected(stack: Tensor | list[Tensor], by: By, zero: Zero, majority: float | None) -> Tensor:
+    """`elect` of vectors that need not be stacked, its majority known."""
+    if zero not in ("nobody", "positive", "majority"):
+        raise RangeError(f"zero elects 'nobody', 'positive' or the 'majority', not {zero!r}")
+    signs = _vote(stack, by).sign_()
+    if zero == "nobody":
+        return signs
     winner = 1.0 if zero == "positive" else majority
-    return signs if winner is None else torch.where(signs == 0, signs.new_full((), winner), signs)
+    return torch.where(signs == 0, signs.new_full((), winner or 0.0), signs)
 
 
-def _vote(stack: Tensor, by: By) -> Tensor:
+def _vote(stack: Tensor | list[Tensor], by: By) -> Tensor:
     """The sum of values or of signs, vector after vector: reducing dim 0 would change bits with the block."""
     if by not in ("sum", "count"):
         raise RangeError(f"signs are elected by 'sum' or 'count', not {by!r}")
@@ -143,8 +145,8 @@ def consistent(stack: Tensor, agree: float = 1.0) -> Tensor:
 
 def _voters(stack: Tensor) -> Tensor:
     """How many vectors have the elected sign, `(*shape)`."""
-    elected = elect(stack)
-    voters = torch.zeros_like(elected)
+    signs = elect(stack)
+    voters = torch.zeros_like(signs)
     for x in stack:
-        voters += (x.sign() * elected).clamp_(min=0)
+        voters += (x.sign() * signs).clamp_(min=0)
     return voters

@@ -139,7 +139,7 @@ def check_rule(rule: Rule, stack: Tensor, /, **options: Any) -> None:
     Args:
         rule: the function.
         stack: `(n, *shape)`, not empty.
-        **options: for the rule, the same for all calls.
+        **options: for the rule, the same for all calls. Tensors of the shape `(*shape)` are cut as the stack is.
 
     Raises:
         AssertionError: saying which part of the contract does not hold.
@@ -263,12 +263,16 @@ def _in_pieces(
     row = {"element": 1, "row": row_length(vectors[0]), "tensor": shape.numel()}[pieces]
     inner = (-1,) if pieces == "element" else (-1, *shape[1:]) if len(shape) > 1 else shape
     count = shape.numel() // row
+    beside = {key: value for key, value in options.items() if isinstance(value, Tensor) and value.shape == shape}
     for size in {1 if count < 12 else 5, count // 2 + 1}:
         parts: list[Tensor] = []
         for first in range(0, count * row, size * row):
-            part = [vector.reshape(-1)[first : first + size * row].reshape(inner) for vector in vectors]
+            run = slice(first, first + size * row)
+            part = [vector.reshape(-1)[run].reshape(inner) for vector in vectors]
+            own = {key: value.reshape(-1)[run].reshape(inner) for key, value in beside.items()}
             place = {"at": Place(0, first)} if _takes_place(f) else {}
-            parts.append(f(torch.stack(part) if stacked else part[0], **options, **handed, **place).reshape(-1))
+            given = {**options, **own, **handed, **place}
+            parts.append(f(torch.stack(part) if stacked else part[0], **given).reshape(-1))
         yield size * row, torch.cat(parts).reshape(shape)
 
 
