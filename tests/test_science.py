@@ -4,6 +4,7 @@ A small multilayer perceptron on MNIST digits; the demo and the docs have the me
 """
 
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_injection_rises_from_the_control_to_the_whole_backdoor_at_no_cost_in_ac
     values = list(curve.values())
     assert values[0] < 0.1
     assert values[-1] > 0.95
-    assert all(a <= b + 0.02 for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b + 0.02 for a, b in pairwise(values))
     before, after = (accuracy(partial(logits, p), *images("mnist", "test")).value for p in (clean, backdoored))
     assert abs(before - after) < 0.03
 
