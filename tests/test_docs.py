@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def test_a_block_that_fails_would_be_seen():
         exec(python_blocks("text\n```python\n1 / 0\n```\n")[0])
 
 
+@cache
 def known_tests() -> set[str]:
     trees = [ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.glob("test_*.py")]
     return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

@@ -203,7 +203,7 @@ class _Options:
         """The options that hold for all of the names together, for statistics over them."""
         used = {p for statistic in statistics.values() for p in inspect.signature(statistic).parameters}
         for key in used & self._given.keys():
-            if isinstance(self._given[key], Mapping) and len(names) > 1:
+            if isinstance(self._given[key], Mapping) and len({str(self.of(name).get(key)) for name in names}) > 1:
                 raise OptionError(
                     f"{key} varies by name, but scope='global' takes one statistic over all names; "
                     f"say scope='tensor', or select() the names and merge them apart"

@@ -199,6 +199,8 @@ def _guess(total: Total, keys: _Keys, low: int, high: int, fraction: float, insi
     sample = sample[(sample >= low) & (sample <= high)].sort(descending=True).values
     if len(sample) == 0:
         return low, (low + high) // 2
+    if sample[0] == sample[-1]:  # one value nearly everywhere: count it by itself
+        return int(sample[0]), int(sample[0])
     place = fraction * len(sample)
     margin = 8 + 5 * (len(sample) * fraction * (1 - fraction)) ** 0.5
     first, last = int(place - margin), int(place + margin)

@@ -37,7 +37,8 @@ ties_mergekit = partial(
     ties, scope="tensor", count="floor", zero="positive", weighted_vote=True, reduce="weighted_mean"
 )
 """mergekit: per tensor; zeros elect +; weights vote, and the divisor is the sum of those that agree. (mergekit keeps at
-least one entry of each tensor.)"""
+least one entry of each tensor, and where the weights that agree sum to exactly 0 it divides by nothing; here the result
+is 0.)"""
 
 breadcrumbs_reference = partial(breadcrumbs, scope="row", count="floor")
 """The Model Breadcrumbs authors' code. Its rows are along the last dimension: the same as here for matrices and
