@@ -609,7 +609,7 @@ def test_marked_rules_have_the_grain_of_a_block_or_of_whole_rows():
 
 
 def test_large_tensors_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(_lazy, "READ", 2 * BLOCK)
+    monkeypatch.setattr(_lazy, "READ", 32 * BLOCK)
     longest = 0
 
     def reader(_: str, start: int, stop: int) -> Tensor:
@@ -617,11 +617,11 @@ def test_large_tensors_are_read_in_parts(monkeypatch):
         longest = max(longest, stop - start)
         return torch.ones(stop - start)
 
-    entries = 5 * BLOCK + 5
+    entries = 70 * BLOCK + 5
     source = TaskVector(Lazy({"x": torch.empty(entries, device="meta")}, reader))
     found = merge([source, source], ties, density=0.5)
     assert int(found["x"].count_nonzero()) == round(0.5 * entries)
-    assert longest == 2 * BLOCK
+    assert longest == 32 * BLOCK
 
 
 @pytest.mark.parametrize("size", [7, 64, 10_000])

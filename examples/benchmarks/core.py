@@ -41,7 +41,7 @@ def vit_b_like(entries: int) -> dict[str, tuple[int, ...]]:
 
 def random_vector(shapes: dict[str, tuple[int, ...]], seed: int) -> TaskVector:
     generator = torch.Generator().manual_seed(seed)
-    return TaskVector({name: torch.randn(shape, generator=generator) * 1e-3 for name, shape in shapes.items()})
+    return TaskVector({name: torch.randn(shape, generator=generator).mul_(1e-3) for name, shape in shapes.items()})
 
 
 def seconds(f: Callable[[], object]) -> float:

@@ -25,6 +25,7 @@ _TOP = (1 << 63) - 1
 _Keys: TypeAlias = Callable[[Tensor, Place, int], Tensor]
 
 SAMPLE = 1 << 17  # keys in the sample that a bracket is guessed from, about
+BLOCKS_COUNTED = 16  # at a time: counts are exact, whatever the length
 BLOCKS_SAMPLED = 256  # out of so many blocks
 HELD = 1 << 21  # keys and indices collected inside a bracket at most: 24 MB
 
@@ -91,8 +92,11 @@ def kept(density: float, entries: int, count: Count = "round") -> int:
 def magnitude_bits(x: Tensor) -> Tensor:
     """Magnitudes as integers in the same order: int32, or int64 for float64."""
     if x.dtype == torch.float64:
-        return x.contiguous().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
-    return x.to(torch.float32).contiguous().view(torch.int32) & 0x7FFFFFFF
+        bits, mask = x.detach().contiguous().view(torch.int64), 0x7FFFFFFFFFFFFFFF
+    else:
+        bits, mask = x.detach().to(torch.float32).contiguous().view(torch.int32), 0x7FFFFFFF
+    # numpy starts no threads, which for so little work wait longer for each other than they work
+    return _held(np.asarray(bits.numpy() & mask)) if bits.device.type == "cpu" else bits & mask
 
 
 def cut_largest(total: Total, keep: int, *, with_equals: bool = False) -> Cut:
@@ -230,7 +234,7 @@ def _count(
             held.append((at.key, places + at.start, chosen))
         return larger
 
-    larger = total(count)
+    larger = total(count, blocks=BLOCKS_COUNTED)
     return larger, middle, dtype, held if middle <= HELD else None
 
 
@@ -251,10 +255,14 @@ def _held(array: Any) -> Tensor:
 
 
 def _check_finite(keys: Tensor, block: Tensor) -> None:
-    if keys.dtype == torch.int32 and keys.numel() and int(keys.max()) >= 0x7F800000:
+    if keys.dtype == torch.int32 and keys.numel() and _largest(keys) >= 0x7F800000:
         raise NonFiniteError("NaN or inf")
     if keys.dtype == torch.int64 and block.dtype == torch.float64 and not bool(block.isfinite().all()):
         raise NonFiniteError("NaN or inf")
+
+
+def _largest(keys: Tensor) -> int:
+    return int(keys.numpy().max() if keys.device.type == "cpu" else keys.max())
 
 
 def sorted_rows(x: Tensor, at: Place) -> Tensor:

@@ -146,14 +146,17 @@ class Total:
             for source in self._sources
         ]
 
-    def __call__(self, f: Callable[[Tensor, Place], T], *, every: int = 1) -> T:
-        """Add up what `f` returns for each block, or for every so-many-th one as a sample."""
+    def __call__(self, f: Callable[[Tensor, Place], T], *, every: int = 1, blocks: int = 1) -> T:
+        """Add up what `f` returns for each block, or for every so-many-th one as a sample.
+
+        Sums that are exact, of integers, may be taken over so many `blocks` at a time: fewer calls.
+        """
         total: Any = None
         turn = 0
         for name in self._names:
             part: Any = None
             try:
-                for at, block in self._blocks(name):
+                for at, block in self._blocks(name, blocks):
                     turn += 1
                     if (turn - 1) % every:
                         continue
@@ -169,9 +172,9 @@ class Total:
             raise RangeError("nothing to take a statistic over: every tensor is empty")
         return total
 
-    def _blocks(self, name: str) -> Iterator[tuple[Place, Tensor]]:
+    def _blocks(self, name: str, blocks: int) -> Iterator[tuple[Place, Tensor]]:
         key = key_of(name) if self._keys is None else self._keys[name]
-        return cut(self._sources, name, self._pieces, key, stacked=self._stacked, device=self._device)
+        return cut(self._sources, name, self._pieces, key, stacked=self._stacked, device=self._device, blocks=blocks)
 
 
 def cut(
@@ -184,6 +187,7 @@ def cut(
     device: torch.device | None = None,
     start: int = 0,
     stop: int | None = None,
+    blocks: int = 1,
 ) -> Iterator[tuple[Place, Tensor]]:
     """One tensor of every source, piece by piece, as a rule is given it: in float32, or float64 where it is.
 
@@ -196,17 +200,18 @@ def cut(
         device: where the pieces are to be; by default where they are.
         start: flat index of the first entry, a multiple of `piece_size`.
         stop: flat index behind the last one.
+        blocks: so many pieces at a time.
     """
     spec = specs_of(sources[0])[name]
-    size = piece_size(spec, pieces, device or device_of(sources, name))
+    size = piece_size(spec, pieces, device or device_of(sources, name)) * blocks
     shape = (-1,) if pieces == "element" else (-1, *spec.shape[1:]) if spec.ndim > 1 else spec.shape
     wide = any(specs_of(source)[name].dtype == torch.float64 for source in sources)
     dtype = torch.float64 if wide else torch.float32
     # nothing to convert: calls that change nothing would cost more than the arithmetic
     plain = pieces == "element" and device is None and all(specs_of(s)[name].dtype == dtype for s in sources)
     for first, flats in read_blocks(sources, name, start, spec.numel() if stop is None else stop, size):
-        blocks = flats if plain else [flat.to(device=device, dtype=dtype).reshape(shape) for flat in flats]
-        yield Place(key, first), torch.stack(blocks) if stacked else blocks[0]
+        own = flats if plain else [flat.to(device=device, dtype=dtype).reshape(shape) for flat in flats]
+        yield Place(key, first), torch.stack(own) if stacked else own[0]
 
 
 def device_of(sources: Sequence[dict[str, Tensor] | Lazy], name: str) -> torch.device:
