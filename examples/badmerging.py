@@ -174,11 +174,9 @@ def cell(setting: Setting, plan: Plan, how: str) -> dict[str, disk.Json]:
         attacked = clean | {plan.task: upload(setting, plan)}
         predict = judge.predictor(setting, {})
         tests = {t: data.test(t).take(slice(ROWS if t == plan.task else ROWS // 2)) for t in data.TASKS}
-        row = measure(
+        row = partial(
+            measure,
             predict,
-            tests,
-            model=judge.model(MERGES[how](setting, base, attacked)),
-            clean_merge=judge.model(MERGES[how](setting, base, clean)),
             clean=judge.model(twin),
             base=judge.model(base),
             attacked=plan.task,
@@ -186,19 +184,12 @@ def cell(setting: Setting, plan: Plan, how: str) -> dict[str, disk.Json]:
             trigger=partial(stamp, patch=patch_of(setting, plan)),
             batch=judge.WHOLE,
         )
-        alone = measure(
-            predict,
-            {plan.task: tests[plan.task]},
-            model=judge.model(attacked[plan.task]),
-            clean_merge=judge.model(twin),
-            clean=judge.model(twin),
-            base=judge.model(base),
-            attacked=plan.task,
-            target=plan.target,
-            trigger=partial(stamp, patch=patch_of(setting, plan)),
-            batch=judge.WHOLE,
+        merged, control = (judge.model(MERGES[how](setting, base, models)) for models in (attacked, clean))
+        together = row(tests, model=merged, clean_merge=control)
+        alone = row(
+            {plan.task: tests[plan.task]}, model=judge.model(attacked[plan.task]), clean_merge=judge.model(twin)
         )
-        return report.measurement_json(row) | {"alone": report.rate_json(alone.asr)}
+        return report.measurement_json(together) | {"alone": report.rate_json(alone.asr)}
 
     return disk.values("badmerging cell", key(setting, plan) | {"merge": how, "rows": ROWS}, make)
 
