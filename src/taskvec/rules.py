@@ -203,7 +203,9 @@ def cut(
         blocks: so many pieces at a time.
     """
     spec = specs_of(sources[0])[name]
-    size = piece_size(spec, pieces, device or device_of(sources, name)) * blocks
+    place = device or device_of(sources, name)
+    # elsewhere than on the CPU blocks are long already, and several would take the memory that blocks are to save
+    size = piece_size(spec, pieces, place) * (blocks if place.type in ("cpu", "meta") else 1)
     shape = (-1,) if pieces == "element" else (-1, *spec.shape[1:]) if spec.ndim > 1 else spec.shape
     wide = any(specs_of(source)[name].dtype == torch.float64 for source in sources)
     dtype = torch.float64 if wide else torch.float32
