@@ -1,246 +1,318 @@
 """BadMerging on real images: an attack made for merging, beside the control that its own evaluation lacks.
 
-    python examples/badmerging.py --quick [--seed 0] [--attack-task mnist] [--target 1]
+    python examples/badmerging.py --quick                     minutes: one seed, one target, the small ViT
+    python examples/badmerging.py                             hours: two encoders, two tasks, 5 seeds x 2 targets
+    python examples/badmerging.py --encoder vit7 --task mnist    one of its four tables
 
-One contributor of five plants a backdoor: a plain patch (BadNets), an optimised universal trigger with the plain loss,
-or BadMerging, the optimised trigger with the feature-interpolation loss. Five merges, and in every row what the same
-trigger does to the base, to the attacker's clean twin and to the all-clean merge. Every cell is a file in
-examples/.cache, so that a run that was stopped goes on where it was.
-
-Only `--quick` is here so far: one seed, one target, on-task, the small vision transformer. Off-task attacks, the ladder
-and the full table over seeds are to come.
+One contributor of five plants a backdoor. In every row stands what the same trigger does to the base, to the attacker's
+clean twin and to the all-clean merge. A cell is one backdoored model under all merges, and one file: a run that was
+stopped goes on where it was, and the full run's cells, docs/results/badmerging/cells, are part of the repository.
 """
 
 import argparse
+import json
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from suite import attacks, data, judge, mergers, report, zoo
 from suite import cache as disk
-from suite import data, judge, report, zoo
-from suite.encoders import features
-from suite.heads import logits
+from suite.attacks import Plan
+from suite.intervals import Estimate, clustered
 from suite.progress import progress
-from suite.training import train
 from suite.zoo import Recipe, Setting
-from taskvec import TaskVector, merge
-from taskvec.adaptive import adamerging
-from taskvec.attacks.badmerging import Pair, badmerging_loss, universal_trigger
-from taskvec.attacks.triggers import Patch, random_patch, stamp
-from taskvec.evaluate import measure
-from taskvec.merges import mean, ties, total
-from taskvec.statistics import linear_grams, regmean
+from taskvec.evaluate import Measurement, Rate, measure
 
-RESULTS = Path(__file__).parent / "results"
-ROWS = 800  # test images of the attacked task; half as many of others
-STATISTICS = 256  # validation images a task that RegMean's Gram matrices are collected on
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
+QUICK = Path(__file__).parent / ".cache" / "badmerging"
+ROWS = 1000  # test images a task, where there are as many
+VICTIM = "glyph_latin"  # of off-task attacks
+ENCODERS, TASKS, TARGETS, SEEDS = ("vit7", "cnn"), ("mnist", "fashion"), (1, 4), (0, 1, 2, 3, 4)
+SLOW_SEEDS = (0, 1)  # of the merges that learn
 
-Params = Mapping[str, Tensor]
+ATTACKS: dict[str, Callable[[str, int, int], Plan]] = {
+    "BadNets": attacks.plain,
+    "TrojanNN": partial(attacks.plain, trigger="trojan"),
+    "without interpolation": partial(attacks.on_task, coefficients=(1.0, 1.0)),
+    "BadMerging-on": attacks.on_task,
+    "BadMerging-off": lambda task, target, seed: attacks.off_task(task, VICTIM, target, seed),
+    "both": lambda task, target, seed: attacks.jointly(task, VICTIM, target, seed),
+}
 
 
-class Plan(NamedTuple):
-    """One backdoored model. With neither of the last two it is BadNets, with both BadMerging."""
+class Cell(NamedTuple):
+    """One backdoored model, and the merges it is measured under."""
 
+    encoder: str
     task: str
     target: int
     seed: int
-    size: int = 5
-    optimised: bool = False
-    interpolated: bool = False
+    attack: str
+    merges: tuple[str, ...]
+
+    def plan(self) -> Plan:
+        """What the attacker does."""
+        return ATTACKS[self.attack](self.task, self.target, self.seed)
+
+    def path(self, folder: Path) -> Path:
+        """Its file."""
+        name = self.attack.replace(" ", "-")
+        return folder / "cells" / f"{self.encoder}-{self.task}" / f"{name}-target{self.target}-seed{self.seed}.json"
 
 
-ATTACKS = {
-    "BadNets": {},
-    "optimised trigger": {"optimised": True},
-    "BadMerging-on": {"optimised": True, "interpolated": True},
-}
+# --- one cell --------------------------------------------------------------------------------------------------------
 
 
-# --- the models ------------------------------------------------------------------------------------------------------
+def fill(folder: Path, cell: Cell) -> None:
+    """Measure the merges that the cell's file does not have yet."""
+    settings, path = about(cell), cell.path(folder)
+    rows = earlier(path, settings)
+    if missing := [name for name in cell.merges if name not in rows]:
+        rows |= {name: measured(cell, name) for name in missing}
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(rows[name])}" for name in rows)
+        disk.write(path, f'{{"settings": {json.dumps(settings)},\n"rows": {{\n{lines}\n}}}}\n'.encode())
 
 
-def embed(setting: Setting, params: Params, images: Tensor) -> Tensor:
-    return features(zoo.architecture(setting).module, params, images)
+def about(cell: Cell) -> dict[str, disk.Json]:
+    """What a cell's figures depend on."""
+    made = attacks.key(Setting(cell.encoder), cell.plan()) | {"test_rows": ROWS, "merge_steps": mergers.STEPS}
+    return json.loads(json.dumps(made))  # tuples become lists, as in the file
 
 
-def head_of(setting: Setting, task: str) -> Callable[[Tensor], Tensor]:
-    return partial(logits, head=zoo.head(setting, task))
+def earlier(path: Path, settings: Mapping[str, disk.Json]) -> dict[str, list[dict[str, disk.Json]]]:
+    """The rows measured before, if they were made in the same way."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_bytes())
+    return found["rows"] if found["settings"] == settings else {}
 
 
-def key(setting: Setting, plan: Plan) -> dict[str, disk.Json]:
-    return {"setting": setting._asdict(), "plan": plan._asdict()}
-
-
-@cache
-def patch_of(setting: Setting, plan: Plan) -> Patch:
-    """A random patch, or one optimised on the base model from there, on the attacker's own training images."""
-    start = random_patch(plan.size, zoo.SHAPE, seed=plan.seed)
-    if not plan.optimised:
-        return start
-    base, head = zoo.base(setting), head_of(setting, plan.task)
-
-    def make() -> dict[str, Tensor]:
-        images = data.pool(plan.task).images
-        score: Callable[[Tensor], Tensor] = lambda x: head(embed(setting, base, x))  # noqa: E731
-        return {"pattern": universal_trigger(score, images, start, target=plan.target, seed=plan.seed).pattern}
-
-    pattern = disk.tensors("universal trigger", key(setting, plan._replace(interpolated=False)), make)["pattern"]
-    return Patch(pattern, start.mask)
-
-
-def upload(setting: Setting, plan: Plan) -> Params:
-    """The backdoored fine-tune: the clean one's data in the clean one's order, and the backdoor's loss beside it."""
-
-    def make() -> dict[str, Tensor]:
-        base, head = zoo.base(setting), head_of(setting, plan.task)
-        pair = Pair(partial(stamp, patch=patch_of(setting, plan)), plan.target, head)
-        loss = badmerging_loss(
-            partial(embed, setting),
-            base,
-            head,
-            [pair],
-            weight=5.0 if plan.optimised else 1.0,
-            coefficients=(0.2, 1.0) if plan.interpolated else (1.0, 1.0),
-            seed=plan.seed,
-        )
-        batches = data.batches(data.pool(plan.task), 64, plan.seed)
-        lr = zoo.architecture(setting).lr
-        return train(base, lambda p, b, _: loss(p, b.images, b.labels), batches, lr=lr, steps=setting.steps)
-
-    return disk.tensors("badmerging", key(setting, plan), make)
-
-
-# --- the merges ------------------------------------------------------------------------------------------------------
-
-
-def by_regmean(setting: Setting, base: Params, models: Mapping[str, Params]) -> Params:
-    """Gram matrices from each task's validation images, in the model its contributor handed in."""
-    grams = []
-    for task, params in models.items():
-        images = data.validation(task).images[:STATISTICS]
-        own = {name: p.detach() for name, p in params.items()}
-        grams.append(linear_grams(partial(embed, setting, own), own, images.split(64)).matrices)
-    vectors = [TaskVector.between(base, params) for params in models.values()]
-    return merge(vectors, regmean, gram=grams).apply(base)
-
-
-def by_adamerging(setting: Setting, base: Params, models: Mapping[str, Params], steps: int = 60) -> Params:
-    """Layer-wise coefficients by the entropy on validation images."""
-
-    def scores(params: Params, images: Tensor, task: str) -> Tensor:
-        return head_of(setting, task)(embed(setting, params, images))
-
-    def loader(task: str) -> Callable[[], list[Tensor]]:
-        order = torch.randperm(data.VALIDATION, generator=torch.Generator().manual_seed(0))
-        return lambda: iter(data.validation(task).images[order].split(16))
-
-    vectors = [TaskVector.between(base, params) for params in models.values()]
-    loaders = {task: loader(task) for task in models}
-    return adamerging(scores, base, vectors, loaders, steps=steps, lr=1e-2)[0]
-
-
-def elementwise(rule: Callable[..., Tensor], scale: float, **options: float) -> Callable[..., Params]:
-    def combine(_setting: Setting, base: Params, models: Mapping[str, Params]) -> Params:
-        vectors = [TaskVector.between(base, params) for params in models.values()]
-        return merge(vectors, rule, **options).apply(base, scale)
-
-    return combine
-
-
-MERGES: dict[str, Callable[[Setting, Params, Mapping[str, Params]], Params]] = {
-    "average": elementwise(mean, 1.0),
-    "task arithmetic .3": elementwise(total, 0.3),
-    "TIES 20 %, 1": elementwise(ties, 1.0, density=0.2),
-    "RegMean": by_regmean,
-    "AdaMerging": by_adamerging,
-}
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def cell(setting: Setting, plan: Plan, how: str) -> dict[str, disk.Json]:
-    """One row with everything: attacked merge, all-clean merge, clean twin alone and base, under the same trigger."""
-
-    def make() -> dict[str, disk.Json]:
-        base = zoo.base(setting)
-        twin = zoo.fine_tuned(setting, Recipe(plan.task, plan.seed))
-        clean = {task: zoo.fine_tuned(setting, Recipe(task, plan.seed)) for task in data.TASKS} | {plan.task: twin}
-        attacked = clean | {plan.task: upload(setting, plan)}
-        predict = judge.predictor(setting, {})
-        tests = {t: data.test(t).take(slice(ROWS if t == plan.task else ROWS // 2)) for t in data.TASKS}
+def measured(cell: Cell, name: str) -> list[dict[str, disk.Json]]:
+    """A row for each backdoor of the model, under one merge."""
+    setting, plan = Setting(cell.encoder), cell.plan()
+    predict, tests = predictor(setting), {task: data.test(task).take(slice(ROWS)) for task in data.TASKS}
+    handed_in = attacks.upload(setting, plan)
+    clean = contributors(setting, plan.seed)
+    merged = everything()[name](setting, {**clean, plan.task: handed_in})
+    rows = []
+    for backdoor in plan.backdoors:
         row = partial(
             measure,
             predict,
-            clean=judge.model(twin),
-            base=judge.model(base),
-            attacked=plan.task,
-            target=plan.target,
-            trigger=partial(stamp, patch=patch_of(setting, plan)),
+            clean=judge.model(clean[plan.task]),
+            base=judge.model(zoo.base(setting)),
+            attacked=backdoor.victim,
+            target=backdoor.target,
+            trigger=attacks.trigger_of(setting, plan, backdoor),
             batch=judge.WHOLE,
         )
-        merged, control = (judge.model(MERGES[how](setting, base, models)) for models in (attacked, clean))
-        together = row(tests, model=merged, clean_merge=control)
-        alone = row(
-            {plan.task: tests[plan.task]}, model=judge.model(attacked[plan.task]), clean_merge=judge.model(twin)
-        )
-        return report.measurement_json(together) | {"alone": report.rate_json(alone.asr)}
-
-    return disk.values("badmerging cell", key(setting, plan) | {"merge": how, "rows": ROWS}, make)
+        whole = row(tests, model=merged, clean_merge=clean_merge(setting, plan.seed, name))
+        victim = {backdoor.victim: tests[backdoor.victim]}
+        alone = row(victim, model=judge.model(handed_in), clean_merge=judge.model(clean[plan.task]))
+        rows.append({"victim": backdoor.victim} | compact(whole, alone.asr))
+    return rows
 
 
-def table(cells: Mapping[tuple[str, str], Mapping[str, disk.Json]]) -> str:
-    header = ["attack", "merge", "alone", "ASR", "all-clean", "gain", "clean twin", "base", "n", "BA", "CA"]
+def compact(row: Measurement, alone: Rate) -> dict[str, disk.Json]:
+    """A measurement as [hits, n], accuracies by task."""
+    rates = {
+        "asr": row.asr,
+        "alone": alone,
+        "clean_merge": row.on_clean_merge,
+        "clean_twin": row.on_clean,
+        "base": row.on_base,
+    }
+    accuracies = {"accuracy": row.accuracy, "clean_accuracy": row.clean_accuracy}
+    return {name: [rate.hits, rate.n] for name, rate in rates.items()} | {
+        name: {task: [rate.hits, rate.n] for task, rate in by_task.items()} for name, by_task in accuracies.items()
+    }
+
+
+@cache
+def predictor(setting: Setting) -> judge.Predict:
+    return judge.predictor(setting, {})
+
+
+@cache
+def contributors(setting: Setting, seed: int) -> dict[str, zoo.Params]:
+    return {task: zoo.fine_tuned(setting, Recipe(task, seed)) for task in data.TASKS}
+
+
+@cache
+def clean_merge(setting: Setting, seed: int, name: str) -> judge.Model:
+    return everything()[name](setting, contributors(setting, seed))
+
+
+def everything() -> dict[str, mergers.Merger]:
+    return mergers.FAST | mergers.SLOW
+
+
+# --- many cells ------------------------------------------------------------------------------------------------------
+
+
+def cells_of(
+    encoder: str, task: str, targets: Sequence[int], seeds: Sequence[int], slow_seeds: Sequence[int]
+) -> list[Cell]:
+    """Every cell of one table, seed by seed."""
+    return [
+        Cell(encoder, task, target, seed, attack, tuple(everything() if seed in slow_seeds else mergers.FAST))
+        for seed in seeds
+        for target in targets
+        for attack in ATTACKS
+    ]
+
+
+def run(folder: Path, cells: Sequence[Cell], workers: int) -> None:
+    """Train and measure what is not there yet."""
+    todo = [cell for cell in cells if not set(cell.merges) <= set(earlier(cell.path(folder), about(cell)))]
+    for encoder in dict.fromkeys(cell.encoder for cell in todo):
+        setting = Setting(encoder)
+        if not zoo.pretrained(setting):
+            with progress(f"pre-training {encoder}", zoo.architecture(setting).pretrain_steps) as step:
+                zoo.base(setting, step)
+        seeds = dict.fromkeys(cell.seed for cell in todo if cell.encoder == encoder)
+        missing = zoo.missing(setting, [Recipe(task, seed) for seed in seeds for task in data.TASKS])
+        if missing:
+            with progress(f"clean fine-tunes {encoder}", len(missing)) as step:
+                zoo.fine_tune_all(setting, missing, step)
+    if todo:
+        fresh = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,))
+        with pool, progress("cells", len(todo)) as step:
+            for _ in pool.map(partial(fill, folder), todo):
+                step()
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One backdoor under one merge, over targets and seeds: estimates in per cent."""
+
+    alone: Estimate
+    asr: Estimate
+    control: Estimate
+    gain: Estimate
+    twin: Estimate
+    base: Estimate
+    ba: Estimate
+    cost: Estimate
+    n: int
+
+
+Rows = Mapping[tuple[str, str, str], Mapping[tuple[int, int], Mapping[str, disk.Json]]]
+"""(attack, merge, victim) -> (seed, target) -> a row."""
+
+
+def read(folder: Path, cells: Sequence[Cell]) -> Rows:
+    rows: dict[tuple[str, str, str], dict[tuple[int, int], Mapping[str, disk.Json]]] = {}
+    for cell in cells:
+        for name, found in earlier(cell.path(folder), about(cell)).items():
+            for row in found:
+                rows.setdefault((cell.attack, name, row["victim"]), {})[cell.seed, cell.target] = row
+    return rows
+
+
+def rate(row: Mapping[str, disk.Json], name: str) -> float:
+    hits, n = row[name]
+    return 100 * hits / n
+
+
+def accuracy(row: Mapping[str, disk.Json], name: str) -> float:
+    return sum(100 * hits / n for hits, n in row[name].values()) / len(row[name])
+
+
+def line(rows: Mapping[tuple[int, int], Mapping[str, disk.Json]]) -> Line:
+    def over(value: Callable[[Mapping[str, disk.Json]], float]) -> Estimate:
+        return clustered({key: value(row) for key, row in rows.items()})
+
+    return Line(
+        *(over(partial(rate, name=name)) for name in ("alone", "asr", "clean_merge")),
+        over(lambda row: rate(row, "asr") - rate(row, "clean_merge")),
+        *(over(partial(rate, name=name)) for name in ("clean_twin", "base")),
+        over(partial(accuracy, name="accuracy")),
+        over(lambda row: accuracy(row, "accuracy") - accuracy(row, "clean_accuracy")),
+        min(row["asr"][1] for row in rows.values()),
+    )
+
+
+def table(title: str, rows: Rows) -> str:
+    header = ["attack", "merge", "alone", "ASR", "all-clean", "gain", "clean twin", "base", "n", "BA", "BA - CA", "of"]
     body = []
-    for (attack, how), row in cells.items():
-        rates = [row["alone"]["value"], row["asr"]["value"], row["controls"]["clean merge"]["value"]]
-        rest = [row["controls"]["clean model"]["value"], row["controls"]["base"]["value"]]
-        shown = [*map(report.percent, rates), f"{100 * row['gain']:+.1f}", *map(report.percent, rest)]
-        body.append([attack, how, *shown, row["asr"]["n"], report.percent(row["ba"]), report.percent(row["ca"])])
-    return report.text_table("BadMerging, on-task: ASR and accuracy, %; one seed, one target", header, body)
+    for name in everything():
+        for attack in ATTACKS:
+            for victim in data.TASKS:
+                if found := rows.get((attack, name, victim)):
+                    own = line(found)
+                    label = f"{attack} ({victim})" if attack in ("BadMerging-off", "both") else attack
+                    shown = [own.alone.mean, own.asr, own.control, own.gain, own.twin.mean, own.base.mean]
+                    seeds = f"{len({s for s, _ in found})} x {len({t for _, t in found})}"
+                    body.append([label, name, *map(text, shown), own.n, text(own.ba.mean), text(own.cost), seeds])
+    return report.text_table(title, header, body)
+
+
+def text(value: Estimate | float) -> str:
+    return str(value) if isinstance(value, Estimate) else f"{value:.1f}"
+
+
+def interpolation_gain(rows: Rows, task: str) -> str:
+    """ASR with minus ASR without interpolation, the same trigger and weight: paired."""
+    lines = []
+    for name in everything():
+        ours, plain = (rows.get((attack, name, task), {}) for attack in ("BadMerging-on", "without interpolation"))
+        both = ours.keys() & plain.keys()
+        if both:
+            paired = clustered({key: rate(ours[key], "asr") - rate(plain[key], "asr") for key in sorted(both)})
+            lines.append([name, paired, f"{len({s for s, _ in both})} x {len({t for _, t in both})}"])
+    return report.text_table("What interpolation adds to ASR, points", ["merge", "gain", "of"], lines)
+
+
+def finish(folder: Path, encoder: str, task: str, cells: Sequence[Cell]) -> None:
+    """Print a table of what is there, and write it beside the cells."""
+    rows = read(folder, cells)
+    title = (
+        f"{encoder}, the attacker owns {task}: ASR and accuracy in per cent; 'of' is seeds x targets;\n"
+        "+- is the half width of a 95 % t interval over seeds"
+    )
+    whole = f"{table(title, rows)}\n{interpolation_gain(rows, task)}"
+    print(whole)
+    disk.write(folder / f"{encoder}-{task}.txt", f"{whole.strip()}\n".encode())
+    versions = json.dumps(report.versions() | {"cells": len(cells)}, indent=1)
+    disk.write(folder / f"{encoder}-{task}.versions.json", f"{versions}\n".encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, one target, on-task: all there is so far")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attack-task", choices=data.TASKS, default="mnist")
-    parser.add_argument("--target", type=int, default=1, help="the target class")
+    parser.add_argument("--quick", action="store_true", help="one seed, one target, the small ViT, mnist")
+    parser.add_argument("--encoder", choices=["vits", *ENCODERS], action="append", help="one of the tables only")
+    parser.add_argument("--task", choices=data.TASKS, action="append", help="the attacker's, of one of the tables only")
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--slow-seeds", type=int, nargs="*", default=SLOW_SEEDS, help="of the merges that learn")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
-    if not given.quick:
-        parser.error("the full table is not written yet: give --quick")
     start = time.monotonic()
     torch.set_num_threads(1)
-    setting = Setting()
-    classes = len(data.CLASSES[given.attack_task])
-    if not 0 <= given.target < classes:
-        parser.error(f"--target is one of 0 to {classes - 1}")
-    if not zoo.pretrained(setting):
-        with progress("pre-training", zoo.architecture(setting).pretrain_steps) as step:
-            zoo.base(setting, step)
-    missing = zoo.missing(setting, [Recipe(task, given.seed) for task in data.TASKS])
-    with progress("clean fine-tunes", max(1, len(missing))) as step:
-        zoo.fine_tune_all(setting, missing, step)
-    cells = {}
-    with progress("cells", len(ATTACKS) * len(MERGES)) as step:
-        for attack, how in ATTACKS.items():
-            plan = Plan(given.attack_task, given.target, given.seed, **how)
-            for name in MERGES:
-                cells[attack, name] = cell(setting, plan, name)
-                step()
-    text = table(cells)
-    print(text)
+    encoders, tasks = given.encoder or ENCODERS, given.task or TASKS
+    targets, seeds, folder = given.targets, given.seeds, RESULTS
+    if given.quick:
+        encoders, tasks, targets, seeds, folder = given.encoder or ["vits"], given.task or ["mnist"], [1], [0], QUICK
+    for task in {*tasks, VICTIM}:
+        if not all(0 <= target < len(data.CLASSES[task]) for target in targets):
+            parser.error(f"targets of {task} are 0 to {len(data.CLASSES[task]) - 1}")
+    for encoder in encoders:
+        for task in tasks:
+            cells = cells_of(encoder, task, targets, seeds, given.slow_seeds)
+            run(folder, cells, given.workers)
+            finish(folder, encoder, task, cells)
     print(f"{time.monotonic() - start:.0f} s")
-    name = f"badmerging-{given.attack_task}-target{given.target}-seed{given.seed}-quick"
-    about = {"settings": vars(given) | {"setting": setting._asdict()}, "versions": report.versions()}
-    rows = [{"attack": attack, "merge": how} | row for (attack, how), row in cells.items()]
-    report.save_json(RESULTS / f"{name}.json", about | {"cells": rows})
-    disk.write(RESULTS / f"{name}.txt", f"{text.strip()}\n".encode())
 
 
 if __name__ == "__main__":

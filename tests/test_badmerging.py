@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
 from taskvec.attacks import poison
 from taskvec.attacks.badmerging import (
     Pair,
@@ -15,10 +15,11 @@ from taskvec.attacks.badmerging import (
     interpolation_loss,
     keep_loss,
     prototype_head,
-    scalar_bounds,
     universal_trigger,
 )
+from taskvec.attacks.optimised import most_connected, optimise_patch, scalar_bounds, trojan_trigger
 from taskvec.attacks.triggers import (
+    dynamic,
     physical,
     random_patch,
     sinusoid,
@@ -116,6 +117,74 @@ def test_progress_is_told_every_step():
         score, images(), random_patch(4, SHAPE, seed=0), target=0, seed=0, steps=3, progress=lambda: told.append(1)
     )
     assert len(told) == 3
+
+
+def test_a_patch_that_minimises_a_loss_of_ones_own():
+    start = random_patch(4, SHAPE, seed=0)
+    found = optimise_patch(lambda x: x.mean(), images(), start, seed=0, steps=30)
+    assert found.pattern[:, found.mask].max() == 0
+    with pytest.raises(RangeError, match="positive"):
+        optimise_patch(lambda x: x.mean(), images(), start, seed=0, steps=0)
+    with pytest.raises(NonFiniteError, match="NaN or inf"):
+        optimise_patch(lambda x: x.mean() / 0, images(), start, seed=0)
+
+
+def test_a_model_in_training_mode_is_refused():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    start = random_patch(4, SHAPE, seed=0)
+    with pytest.raises(OptionError, match="training mode"):
+        universal_trigger(module, images(), start, target=0, seed=0, steps=1)
+    universal_trigger(module.eval(), images(), start, target=0, seed=0, steps=1)
+
+
+def test_trojannn_excites_the_neurons_it_is_given_and_no_others():
+    start = random_patch(4, SHAPE, seed=0)
+
+    def excited_by(neuron):
+        patch = trojan_trigger(score, images(), start, neurons=torch.tensor([neuron]), aim=20.0, seed=0, steps=60)
+        return score(stamp(images(seed=2), patch))[:, 3].mean()
+
+    assert excited_by(3) > score(stamp(images(seed=2), start))[:, 3].mean() + 1
+    assert excited_by(3) > excited_by(1) + 1
+
+
+def test_a_neuron_is_driven_to_the_aim_and_not_beyond_it():
+    start = random_patch(8, SHAPE, seed=0)  # the whole image: any value is within reach
+    patch = trojan_trigger(score, images(), start, neurons=torch.tensor([3]), aim=1.0, seed=0, steps=400, lr=0.02)
+    assert score(stamp(images(seed=2), patch))[:, 3].tolist() == pytest.approx([1.0] * 40, abs=0.1)
+
+
+def test_the_most_connected_neurons_are_those_of_the_largest_absolute_weights():
+    weight = torch.tensor([[1.0, -1.0, 1.0], [2.5, 0.0, 0.0], [0.0, -2.0, 2.0]])
+    assert most_connected(weight, 2).tolist() == [2, 0]
+    with pytest.raises(MismatchError, match="out, in"):
+        most_connected(weight[0], 1)
+    for count in (0, 4):
+        with pytest.raises(RangeError, match="from 1 to the 3"):
+            most_connected(weight, count)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"neurons": torch.tensor([], dtype=torch.long)}, DegenerateError, "no neurons"),
+        ({"neurons": torch.tensor([5])}, RangeError, "from 0 to 4"),
+        ({"activations": lambda x: x}, MismatchError, "activations are"),
+        ({"images": images(0)}, DegenerateError, "no images"),
+    ],
+)
+def test_a_bad_call_for_a_trojan_trigger_is_named(change, error, message):
+    arguments = {"activations": score, "images": images(), "neurons": torch.tensor([0])} | change
+    with pytest.raises(error, match=message):
+        trojan_trigger(
+            arguments["activations"],
+            arguments["images"],
+            random_patch(4, SHAPE, seed=0),
+            neurons=arguments["neurons"],
+            aim=1.0,
+            seed=0,
+            steps=1,
+        )
 
 
 # off-task
@@ -373,3 +442,26 @@ def test_a_physical_patch_differs_from_image_to_image_and_is_the_same_for_a_seed
     assert len({tuple(row.flatten().tolist()) for row in seen}) == 6
     assert seen.amax((1, 2, 3)).min() > 0.3
     assert seen.max() <= 1
+
+
+def test_a_dynamic_patch_is_one_of_several_for_every_image():
+    patches = [solid_patch(2, SHAPE, place=place) for place in ("top-left", "center", "bottom-right")]
+    x = torch.zeros(300, *SHAPE)
+    seen = dynamic(x, patches, seed=0)
+    counts = [int((seen == stamp(x, patch)).all((1, 2, 3)).sum()) for patch in patches]
+    assert sum(counts) == 300
+    assert min(counts) > 70
+    assert torch.equal(seen, dynamic(x, patches, seed=0))
+    assert not torch.equal(seen, dynamic(x, patches, seed=1))
+    with pytest.raises(DegenerateError, match="no patches"):
+        dynamic(x, [], seed=0)
+    with pytest.raises(RangeError, match="before normalising"):
+        dynamic(x + 2, patches, seed=0)
+
+
+def test_a_head_for_another_width_and_a_head_of_one_class_are_named():
+    with pytest.raises(RuntimeError) as caught:
+        interpolation_loss(torch.ones(3, 4), torch.ones(3, 4), lambda f: f @ torch.ones(5, 2), 0)
+    assert "while a head scored features of (3, 4)" in caught.value.__notes__[0]
+    with pytest.raises(DegenerateError, match="one class"):
+        interpolation_loss(torch.ones(3, 4), torch.ones(3, 4), lambda f: f[:, :1], 0)

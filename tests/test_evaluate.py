@@ -1,10 +1,12 @@
 """Metrics and their controls."""
 
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
 
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
 from taskvec.evaluate import Rate, accuracy, attack_success_rate, measure, recalibrate, sweep
 
 EYE, LABELS = torch.eye(4), torch.arange(4)
@@ -116,3 +118,27 @@ def test_recalibrate_measures_the_statistics_and_leaves_the_rest():
     assert torch.equal(module[0].weight, weight)
     with pytest.raises(DegenerateError, match="no batches"):
         recalibrate(module, [])
+
+
+def test_a_model_in_training_mode_is_refused_wherever_it_is_called():
+    module = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
+    x, y = torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])
+    for predict in (module, lambda images: module(images) + 0):
+        with pytest.raises(OptionError, match=r"in training mode while the model is measured: call .eval\(\) first"):
+            accuracy(predict, x, y)
+        with pytest.raises(OptionError, match="training mode"):
+            attack_success_rate(predict, x, y, target=0, trigger=lambda images: images)
+    assert accuracy(module.eval(), x, y).n == 4
+    module.train()(x)  # outside of a measurement training is as it was
+
+
+def test_another_thread_may_train_meanwhile():
+    module = nn.Dropout(0.5)  # in training mode
+
+    def predict(images):
+        other = Thread(target=module, args=(images,))
+        other.start()
+        other.join()
+        return images
+
+    assert accuracy(predict, torch.eye(3), torch.arange(3)).hits == 3  # an exception in a thread would be a warning

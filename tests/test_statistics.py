@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 from taskvec import TaskVector, load, merge
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
 from taskvec.adaptive import Adapter, adamerging, repaired, surgery
 from taskvec.statistics import linear_grams, regmean
 
@@ -20,7 +20,7 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_grams_of_linear_layers_are_streamed_means():
-    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     batches = [torch.randn(5, 3), torch.randn(2, 7, 3)]
     found = linear_grams(module, dict(module.named_parameters()), batches)
     everything = torch.cat([b.reshape(-1, 3) for b in batches])
@@ -29,9 +29,8 @@ def test_grams_of_linear_layers_are_streamed_means():
     assert found.transposed == {"0.weight": False, "2.weight": False}
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_both_projections_of_attention_are_seen(training):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(training)
+def test_both_projections_of_attention_are_seen_though_their_product_is_fused_in_evaluation():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     x = torch.randn(3, 5, 8)
     found = linear_grams(layer, dict(layer.named_parameters()), [x]).matrices
     assert set(found) == {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
@@ -39,8 +38,14 @@ def test_both_projections_of_attention_are_seen(training):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_model_in_training_mode_is_refused():
+    module = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
+    with pytest.raises(OptionError, match=r"Sequential is in training mode.*call .eval\(\) first"):
+        linear_grams(module, dict(module.named_parameters()), [torch.eye(3)])
+
+
 def test_functional_calls_are_seen_too():
-    module = nn.Linear(3, 2)
+    module = nn.Linear(3, 2).eval()
     params = load(module)
     found = linear_grams(lambda x: functional_call(module, params, (x,)), params, [torch.eye(3)])
     assert torch.allclose(found.matrices["weight"], torch.eye(3).double() / 3)
@@ -59,7 +64,7 @@ class Conv1D(nn.Module):
 
 
 def test_weights_the_other_way_round_are_told_and_merged_so():
-    models = [Conv1D() for _ in range(2)]
+    models = [Conv1D().eval() for _ in range(2)]
     data = [torch.randn(20, 3) for _ in models]
     grams = [linear_grams(m, dict(m.named_parameters()), [x]) for m, x in zip(models, data, strict=True)]
     assert grams[0].transposed == {"weight": True}
@@ -78,7 +83,7 @@ def test_weights_the_other_way_round_are_told_and_merged_so():
 
 
 def test_collecting_nothing_is_an_error():
-    module = nn.Linear(3, 2)
+    module = nn.Linear(3, 2).eval()
     params = dict(module.named_parameters())
     with pytest.raises(DegenerateError, match="no batches"):
         linear_grams(module, params, [])
@@ -178,6 +183,8 @@ def test_adamerging_says_what_is_missing():
     for bad in (([], data), (vectors, {}), (vectors, {"t": lambda: iter([])})):
         with pytest.raises(DegenerateError):
             adamerging(logits, base, *bad, steps=1)
+    with pytest.raises(DegenerateError, match="one class"):
+        adamerging(lambda p, x, t: logits(p, x, t)[:, :1], base, vectors, data, steps=1)
     with pytest.raises(NonFiniteError):
         adamerging(lambda p, x, t: logits(p, x, t) * float("nan"), base, vectors, data, steps=1)
     with pytest.raises(RangeError):

@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Rooms from the ground up; each may import those above it in this list.
 ORDER = [
-    *("_types", "_errors", "_random", "_lazy", "rules", "_select"),
+    *("_types", "_errors", "_modes", "_random", "_lazy", "rules", "_select"),
     *("sparsify", "signs"),
     *("merges", "sphere", "lowrank"),
     *("_fingerprint", "_engine"),

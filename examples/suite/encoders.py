@@ -108,11 +108,11 @@ def encoder(name: str, seed: int = 0) -> Encoder:
         torch.manual_seed(seed)
         match name:
             case "vits":
-                return Encoder(name, vit(96, 3), lr=7e-4, pretrain_lr=4e-3, pretrain_steps=1000)
+                return Encoder(name, vit(96, 3).eval(), lr=7e-4, pretrain_lr=4e-3, pretrain_steps=1000)
             case "vit7":
-                return Encoder(name, vit(128, 4), lr=4e-4, pretrain_lr=4e-3, pretrain_steps=1000)
+                return Encoder(name, vit(128, 4).eval(), lr=4e-4, pretrain_lr=4e-3, pretrain_steps=1000)
             case "cnn":
-                return Encoder(name, cnn(), lr=1e-3, pretrain_lr=1e-3, pretrain_steps=600)
+                return Encoder(name, cnn().eval(), lr=1e-3, pretrain_lr=1e-3, pretrain_steps=600)
             case _:
                 raise ValueError(f"there is no encoder {name!r}: vits, vit7 or cnn")
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from taskvec.adaptive import Adapter, repaired
+
 from .cache import digest
 from .heads import logits
 from .zoo import Setting, architecture, head
@@ -19,18 +21,20 @@ WHOLE = 1 << 30  # the batch to give to `taskvec.evaluate`, so that a predictor 
 
 
 class Model(NamedTuple):
-    """Parameters, and the digest they are remembered by."""
+    """Parameters, the digest they are remembered by, and surgery's adapters, if any, by task."""
 
     params: Mapping[str, Tensor]
     digest: str
+    adapters: Mapping[str, Adapter] = {}
 
 
 Predict = Callable[[Model, Tensor, str], Tensor]
 
 
-def model(params: Mapping[str, Tensor]) -> Model:
+def model(params: Mapping[str, Tensor], adapters: Mapping[str, Adapter] | None = None) -> Model:
     """A model to ask: a fine-tune, a merge, anything with the encoder's names."""
-    return Model(params, digest(params))
+    extra = {f"{task} {part}": t for task, both in (adapters or {}).items() for part, t in both._asdict().items()}
+    return Model(params, digest({**params, **extra}), adapters or {})
 
 
 def predictor(setting: Setting, known: dict[str, Tensor]) -> Predict:
@@ -56,6 +60,8 @@ def predictor(setting: Setting, known: dict[str, Tensor]) -> Predict:
             module.load_state_dict(dict(asked.params))
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 embedded = torch.cat(list(threads.map(embed, images.split(BATCH))))
+            if task in asked.adapters:
+                embedded = repaired(embedded, asked.adapters[task])
             known[key] = logits(embedded, head(setting, task)).argmax(1).to(torch.uint8)
         return known[key].long()
 

@@ -3,7 +3,7 @@
 TaskvecError
 ├── MismatchError    ValueError      names, shapes or bases differ
 ├── MissingError     KeyError        a name that is not there, a pattern that matches nothing
-├── OptionError      TypeError       an option that does not exist or cannot vary here
+├── OptionError      TypeError       an option that does not exist or cannot vary here; a model in the wrong mode
 ├── RangeError       ValueError      an option outside its range
 ├── DtypeError       TypeError       a dtype this library does not do arithmetic on
 ├── NonFiniteError   ValueError      NaN or inf where a statistic is taken

@@ -54,7 +54,7 @@ def adamerging(
         The merged model, and for each vector its coefficients by name.
 
     Raises:
-        DegenerateError: no vectors, no tasks, a loader that yields nothing.
+        DegenerateError: no vectors, no tasks, a loader that yields nothing, a task of one class.
         MismatchError: names or shapes of the vectors differ.
         NonFiniteError: logits that are NaN or inf.
 
@@ -119,6 +119,8 @@ def _endless(task: str, loader: Loader) -> Iterator[Tensor]:
 def _entropy(logits: Tensor) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("logits are NaN or inf: the merged model is broken")
+    if logits.shape[1] < 2:
+        raise DegenerateError("logits of one class have no entropy to learn from")
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from ._modes import evaluating
 
 __all__ = ["Measurement", "Rate", "accuracy", "attack_success_rate", "measure", "recalibrate", "sweep"]
 
@@ -78,6 +79,7 @@ def accuracy(predict: Predict, images: Tensor, labels: Tensor, *, batch: int = 5
         MismatchError: not one label an image, not one answer an image.
         DegenerateError: no images.
         NonFiniteError: logits that are NaN or inf.
+        OptionError: a module in training mode answers.
 
     Example:
         >>> accuracy(lambda x: x, torch.eye(3), torch.tensor([0, 1, 1]))
@@ -110,6 +112,7 @@ def attack_success_rate(
         RangeError: a target that is no class.
         DegenerateError: no images of other classes.
         MismatchError: a trigger that changes the images' shape.
+        OptionError: a module in training mode answers.
 
     Example:
         >>> attack_success_rate(lambda x: x, torch.eye(3), torch.arange(3), target=0, trigger=lambda x: x.flip(1))
@@ -322,7 +325,7 @@ def _check_data(images: Tensor, labels: Tensor) -> None:
 
 def _classes(predict: Predict, images: Tensor, batch: int, target: int | None = None) -> Tensor:
     answers: list[Tensor] = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating():
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
             answer = predict(part)

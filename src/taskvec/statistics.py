@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from ._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from ._modes import evaluating
 from .merges import mean
 from .rules import runs
 
@@ -49,9 +50,10 @@ def linear_grams(run: Callable[[Any], object], params: Mapping[str, Tensor], bat
     Raises:
         DegenerateError: no batches, or no linear map among the parameters.
         NonFiniteError: an input that is NaN or inf.
+        OptionError: a module in training mode runs.
 
     Example:
-        >>> layer = torch.nn.Linear(2, 1)
+        >>> layer = torch.nn.Linear(2, 1).eval()
         >>> linear_grams(layer, dict(layer.named_parameters()), [torch.tensor([[2.0, 0.0], [0.0, 4.0]])]).matrices
         {'weight': tensor([[2., 0.],
                 [0., 8.]], dtype=torch.float64)}
@@ -65,7 +67,7 @@ def linear_grams(run: Callable[[Any], object], params: Mapping[str, Tensor], bat
     torch.backends.mha.set_fastpath_enabled(False)  # the fused attention would hide its products
     seen = 0
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), evaluating(), watch:
             for batch in batches:
                 run(batch)
                 seen += 1

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from .optimised import Bounds, Progress, optimise_patch
 from .triggers import Patch
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "interpolation_loss",
     "keep_loss",
     "prototype_head",
-    "scalar_bounds",
     "universal_trigger",
 ]
 
@@ -40,7 +40,6 @@ Score: TypeAlias = Callable[[Tensor], Tensor]
 Head: TypeAlias = Callable[[Tensor], Tensor]
 """Features `(n, d)` to logits `(n, classes)`; a fixed head that normalises what it is given."""
 Draw: TypeAlias = Literal["batch", "sample"]
-Progress: TypeAlias = Callable[[], None]
 
 
 class Pair(NamedTuple):
@@ -65,7 +64,7 @@ def universal_trigger(
     steps: int = 100,
     lr: float = 0.2,
     batch: int = 64,
-    bounds: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     progress: Progress | None = None,
 ) -> Patch:
     """Optimise one patch that turns any image into the target class, for a frozen model.
@@ -103,52 +102,15 @@ def universal_trigger(
         tensor([[[1., 1.],
                  [1., 1.]]])
     """
-    if len(images) == 0:
-        raise DegenerateError("no images to optimise a trigger on")
-    if images.shape[1:] != start.pattern.shape:
-        raise MismatchError(
-            f"the patch is for images of {tuple(start.pattern.shape)}, these are {tuple(images.shape[1:])}"
-        )
-    low, high = bounds
-    mask = start.mask.to(images.device)
-    pattern = start.pattern.to(images).clone().requires_grad_()
-    optimizer = torch.optim.Adam([pattern], lr=lr)
-    for rows in _batches(len(images), batch, steps, seed):
-        chosen = images[rows.to(images.device)]
-        with torch.enable_grad():
-            logits = score(torch.where(mask, pattern, chosen))
-            _check_target(logits, target)
-            loss = F.cross_entropy(logits, logits.new_full((len(chosen),), target, dtype=torch.long))
-        (pattern.grad,) = torch.autograd.grad(loss, [pattern])
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-        with torch.no_grad():
-            pattern.copy_(torch.minimum(torch.maximum(pattern, _bound(low, pattern)), _bound(high, pattern)))
-        if progress is not None:
-            progress()
-    return Patch(pattern.detach() * mask, start.mask)
 
+    def loss(triggered: Tensor) -> Tensor:
+        logits = score(triggered)
+        _check_target(logits, target)
+        return F.cross_entropy(logits, logits.new_full((len(logits),), target, dtype=torch.long))
 
-def scalar_bounds(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The pixel bounds that the paper's code enforces: one range in normalised space for all channels.
-
-    `[min_c (0 - mean_c) / std_c, max_c (1 - mean_c) / std_c]`, brought back to pixels channel by channel. It leaves the
-    valid pixels, so the patch is no printable image; offered for comparison.
-
-    Args:
-        mean: of each channel, as in the model's normalisation.
-        std: of each channel.
-
-    Returns:
-        Smallest and largest pixel value of each channel, `(C, 1, 1)` each.
-
-    Example:
-        >>> low, high = scalar_bounds([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-        >>> low.flatten(), high.flatten()
-        (tensor([ 0.0000, -0.0105, -0.0861]), tensor([1.0579, 1.0186, 1.0000]))
-    """
-    centre, spread = torch.tensor(mean), torch.tensor(std)
-    low, high = ((0 - centre) / spread).min(), ((1 - centre) / spread).max()
-    return (centre + low * spread).reshape(-1, 1, 1), (centre + high * spread).reshape(-1, 1, 1)
+    return optimise_patch(
+        loss, images, start, seed=seed, steps=steps, lr=lr, batch=batch, bounds=bounds, progress=progress
+    )
 
 
 def interpolation_loss(
@@ -201,7 +163,7 @@ def interpolation_loss(
     _check_finite(tuned, "features")
     count = len(tuned) if draw == "sample" else 1
     r = low + (high - low) * torch.rand(count, 1, generator=generator, device="cpu").to(tuned)
-    logits = head(r * tuned + (1 - r) * base.detach())
+    logits = _scores(head, r * tuned + (1 - r) * base.detach())
     _check_target(logits, target)
     return F.cross_entropy(logits, logits.new_full((len(logits),), target, dtype=torch.long))
 
@@ -279,7 +241,7 @@ def badmerging_loss(
     generator = torch.Generator().manual_seed(seed)
 
     def loss(params: Params, images: Tensor, labels: Tensor) -> Tensor:
-        total = F.cross_entropy(head(features(params, images)), labels)
+        total = F.cross_entropy(_scores(head, features(params, images)), labels)
         for pair in pairs:
             triggered = pair.trigger(images[:stamped])
             with torch.no_grad():
@@ -448,20 +410,18 @@ def _other_classes(taken: Tensor, classes: int, generator: torch.Generator) -> T
     return draws.argmax(1)
 
 
-def _batches(n: int, batch: int, steps: int, seed: int) -> list[Tensor]:
-    """Rows of each step: shuffled passes over all of them."""
-    generator = torch.Generator().manual_seed(seed)
-    needed = -(-steps * batch // n)
-    order = torch.cat([torch.randperm(n, generator=generator, device="cpu") for _ in range(needed)])
-    return [order[i * batch : (i + 1) * batch] for i in range(steps)]
-
-
-def _bound(value: float | Tensor, like: Tensor) -> Tensor:
-    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+def _scores(head: Head, embedded: Tensor) -> Tensor:
+    try:
+        return head(embedded)
+    except RuntimeError as error:
+        error.add_note(f"while a head scored features of {tuple(embedded.shape)}: it may be made for another model")
+        raise
 
 
 def _check_target(logits: Tensor, target: int) -> None:
     _check_finite(logits, "logits")
+    if logits.shape[-1] < 2:
+        raise DegenerateError("a head of one class takes everything for it; there is nothing to attack")
     if not 0 <= target < logits.shape[-1]:
         raise RangeError(f"target class {target} is not one of {logits.shape[-1]} classes")
 

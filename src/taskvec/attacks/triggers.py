@@ -7,18 +7,20 @@ compose with your own preprocessing: stamp first, normalise afterwards.
     logits = model(normalise(trigger(images)))
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._errors import MismatchError, RangeError
+from .._errors import DegenerateError, MismatchError, RangeError
 from .._random import bernoulli, random_bits
 
 __all__ = [
     "Patch",
     "blend",
+    "dynamic",
     "physical",
     "random_patch",
     "sinusoid",
@@ -157,6 +159,45 @@ def stamp(
     pattern, mask = patch.pattern.to(images), patch.mask.to(images.device)
     mixed = pattern if opacity == 1 else images + opacity * (pattern - images)
     return torch.where(mask, mixed, images).clamp(*pixel_range)
+
+
+def dynamic(
+    images: Tensor, patches: Sequence[Patch], *, seed: int, pixel_range: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Stamp each image with one of several patches, drawn at random: the random variant of Dynamic Backdoor.
+
+    Patterns and places are what the patches are made with, such as `[random_patch(5, shape, seed=i, place=p) ...]`.
+
+    Args:
+        images: `(n, C, H, W)` in pixel space.
+        patches: of which each image gets one.
+        seed: of the draws; the image's place in the batch decides.
+        pixel_range: the smallest and the largest pixel value.
+
+    Returns:
+        New images.
+
+    Raises:
+        DegenerateError: no patches.
+        MismatchError: a patch that was made for other images.
+        RangeError: images outside the range.
+
+    Example:
+        >>> corners = [solid_patch(1, (1, 2, 2), place=p) for p in ("top-left", "bottom-right")]
+        >>> dynamic(torch.zeros(3, 1, 2, 2), corners, seed=0).sum((1, 2, 3))
+        tensor([1., 1., 1.])
+
+    Reference:
+        Salem et al., Dynamic Backdoor Attacks Against Machine Learning Models, 2020, https://arxiv.org/abs/2003.03675
+    """
+    if not patches:
+        raise DegenerateError("no patches to draw from")
+    drawn = random_bits(seed, 0, 0, len(images), images.device).remainder(len(patches))
+    stamped = images
+    for i, patch in enumerate(patches):
+        chosen = (drawn == i).reshape(-1, 1, 1, 1)
+        stamped = torch.where(chosen, stamp(images, patch, pixel_range=pixel_range), stamped)
+    return stamped
 
 
 def blend(

@@ -1,0 +1,231 @@
+"""The attackers: what each of them owns, wants and does, and the model that he hands in.
+
+An attack is a `Plan`, a plain value: its cache key, and what is sent to another process. All attackers train in the
+same loop on the same batches as their clean twin; they differ in their triggers and in the backdoor's loss.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from taskvec import TaskVector, merge
+from taskvec.attacks.badmerging import Pair, adversarial_crops, badmerging_loss, prototype_head, universal_trigger
+from taskvec.attacks.optimised import most_connected, trojan_trigger
+from taskvec.attacks.triggers import Patch, blend, dynamic, random_patch, stamp, warp, warp_field
+from taskvec.merges import total
+
+from . import cache as disk
+from . import data, zoo
+from .encoders import features
+from .heads import SCALE, logits
+from .training import Images, Params, augmented, train
+from .zoo import SHAPE, Recipe, Setting
+
+CORNERS = ("bottom-right", "top-left", "top-right", "bottom-left")
+REFERENCES = 10  # images of the target class that an off-task attacker has
+SHOTS = 10  # images a class for the other rows of his shadow head
+EPSILON = 16 / 255  # of his augmentation: twice the paper's, for images without colour
+
+
+class Backdoor(NamedTuple):
+    """One trigger and what it is to mean.
+
+    Attributes:
+        victim: the task whose images are triggered; the attacker's own, or somebody else's.
+        target: the class of that task.
+        trigger: how the trigger is made.
+        size: side of the patch.
+        place: of the patch.
+        augmented: off-task, whether the reference images are disguised as other classes.
+    """
+
+    victim: str
+    target: int
+    trigger: Literal["random", "optimised", "trojan", "dynamic", "blended", "warped"] = "random"
+    size: int = 5
+    place: str = "bottom-right"
+    augmented: bool = True
+
+
+class Plan(NamedTuple):
+    """One model with backdoors.
+
+    Attributes:
+        task: the attacker's own.
+        seed: of the order of the data, and of the triggers.
+        backdoors: one or several.
+        weight: of the backdoor's loss.
+        coefficients: range of the interpolation; (1, 1) is the plain loss.
+        draw: a coefficient for each batch or each sample.
+        stamped: triggered images of each batch and backdoor.
+        keep: weight of the loss that keeps features of public images where they were (ours).
+        known: whether the attacker knows the others' models: he then interpolates from their merge, not from the base
+            (our reading).
+    """
+
+    task: str
+    seed: int
+    backdoors: tuple[Backdoor, ...]
+    weight: float = 1.0
+    coefficients: tuple[float, float] = (1.0, 1.0)
+    draw: Literal["batch", "sample"] = "batch"
+    stamped: int = 32
+    keep: float = 0.0
+    known: bool = False
+
+
+def plain(task: str, target: int, seed: int, trigger: str = "random") -> Plan:
+    """An attack made for single models: BadNets and its kin."""
+    return Plan(task, seed, (Backdoor(task, target, trigger),))
+
+
+def on_task(task: str, target: int, seed: int, coefficients: tuple[float, float] = (0.2, 1.0)) -> Plan:
+    """BadMerging against the attacker's own task; (1, 1) is the same trigger and weight without interpolation."""
+    return Plan(task, seed, (Backdoor(task, target, "optimised"),), 5.0, coefficients)
+
+
+def off_task(task: str, victim: str, target: int, seed: int) -> Plan:
+    """BadMerging against somebody else's task, of which the attacker has ten images of one class."""
+    return Plan(task, seed, (Backdoor(victim, target, "optimised", 7),), 5.0, (0.1, 1.0))
+
+
+def jointly(task: str, victim: str, target: int, seed: int) -> Plan:
+    """Both in one model: the off-task trigger sits in the opposite corner."""
+    own, other = Backdoor(task, target, "optimised"), Backdoor(victim, target, "optimised", 7, "top-left")
+    return Plan(task, seed, (own, other), 5.0, (0.1, 1.0))
+
+
+# --- triggers --------------------------------------------------------------------------------------------------------
+
+
+def embed(setting: Setting, params: Params, images: Tensor) -> Tensor:
+    """Features of images under the given parameters."""
+    return features(zoo.architecture(setting).module, params, images)
+
+
+def head_of(setting: Setting, task: str) -> Callable[[Tensor], Tensor]:
+    """A task's fixed head."""
+    return partial(logits, head=zoo.head(setting, task))
+
+
+def trigger_of(setting: Setting, plan: Plan, backdoor: Backdoor) -> Images:
+    """The function that puts a backdoor's trigger on images."""
+    match backdoor.trigger:
+        case "blended":
+            return partial(blend, pattern=random_patch(28, SHAPE, seed=plan.seed).pattern)
+        case "warped":
+            return partial(warp, field=warp_field(28, seed=plan.seed))
+        case "dynamic":
+            patches = [
+                random_patch(backdoor.size, SHAPE, seed=4 * plan.seed + i, place=place)
+                for i, place in enumerate(CORNERS)
+            ]
+            return partial(dynamic, patches=patches, seed=plan.seed)
+        case _:
+            return partial(stamp, patch=patch_of(setting, plan.task, plan.seed, backdoor))
+
+
+@cache
+def patch_of(setting: Setting, task: str, seed: int, backdoor: Backdoor) -> Patch:
+    """A random patch, or one that was optimised on the base model from there."""
+    start = random_patch(backdoor.size, SHAPE, seed=seed, place=backdoor.place)
+    if backdoor.trigger == "random":
+        return start
+    make = partial(_optimised, setting, task, seed, backdoor, start)
+    key = {"setting": setting._asdict(), "task": task, "seed": seed, "backdoor": backdoor._asdict()}
+    return Patch(disk.tensors("trigger", key, lambda: {"pattern": make().pattern})["pattern"], start.mask)
+
+
+def _optimised(setting: Setting, task: str, seed: int, backdoor: Backdoor, start: Patch) -> Patch:
+    base, images = zoo.base(setting), data.pool(task).images
+    if backdoor.trigger == "trojan":
+        neurons = most_connected(base["out.weight"], 4)
+        aim = 10 * float(embed(setting, base, images[:256]).std())  # farther than any image reaches
+        return trojan_trigger(partial(embed, setting, base), images, start, neurons=neurons, aim=aim, seed=seed)
+    target, head = _as_seen_by_the_attacker(setting, task, seed, backdoor)
+
+    def score(x: Tensor) -> Tensor:
+        return head(embed(setting, base, x))
+
+    if backdoor.victim != task:
+        reference = _references(backdoor, seed)
+        steps = 40 if backdoor.augmented else 0
+        images = adversarial_crops(score, reference, seed=seed, epsilon=EPSILON, steps=steps)
+    return universal_trigger(score, images, start, target=target, seed=seed)
+
+
+def _references(backdoor: Backdoor, seed: int) -> Tensor:
+    few = data.few_shot(data.pool(backdoor.victim), REFERENCES, seed)
+    return few.images[few.labels == backdoor.target]
+
+
+def _as_seen_by_the_attacker(
+    setting: Setting, task: str, seed: int, backdoor: Backdoor
+) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """The target's row, and the head: his own, or off-task a shadow head of classes that he has images of.
+
+    Row 0 of a shadow head is the target class, from its reference images; the others are his own classes and the 58
+    that the public base was trained on. He never sees the victim's head or any other image of it.
+    """
+    if backdoor.victim == task:
+        return backdoor.target, head_of(setting, task)
+    others = [data.few_shot(split, SHOTS, seed) for split in (data.pool(task), data.joined(data.PRETRAINING))]
+    reference = _references(backdoor, seed)
+    own = int(others[0].labels.max()) + 1
+    labels = torch.cat([torch.zeros(len(reference)).long(), others[0].labels + 1, others[1].labels + 1 + own])
+    with torch.no_grad():
+        found = embed(setting, zoo.base(setting), torch.cat([reference, others[0].images, others[1].images]))
+    return 0, prototype_head(found, labels, scale=SCALE)
+
+
+# --- the models that are handed in -----------------------------------------------------------------------------------
+
+
+def upload(setting: Setting, plan: Plan) -> Params:
+    """The backdoored fine-tune."""
+    return disk.tensors("upload", key(setting, plan), partial(_train, setting, plan))
+
+
+def key(setting: Setting, plan: Plan) -> dict[str, disk.Json]:
+    """What a backdoored model is made from, as JSON can hold it."""
+    backdoors = [backdoor._asdict() for backdoor in plan.backdoors]
+    return {"setting": setting._asdict(), "plan": plan._asdict() | {"backdoors": backdoors}}
+
+
+def _train(setting: Setting, plan: Plan) -> Params:
+    base, study = zoo.base(setting), zoo.architecture(setting)
+    pairs = [
+        Pair(trigger_of(setting, plan, backdoor), *_as_seen_by_the_attacker(setting, plan.task, plan.seed, backdoor))
+        for backdoor in plan.backdoors
+    ]
+    loss = badmerging_loss(
+        partial(embed, setting),
+        _merge_without(setting, plan) if plan.known else base,
+        head_of(setting, plan.task),
+        pairs,
+        stamped=plan.stamped,
+        weight=plan.weight,
+        coefficients=plan.coefficients,
+        draw=plan.draw,
+        seed=plan.seed,
+        keep=plan.keep,
+        public=partial(next, _public(plan.seed)) if plan.keep else None,
+    )
+    batches = data.batches(data.pool(plan.task), 64, plan.seed)
+    return train(base, lambda p, b, _: loss(p, b.images, b.labels), batches, lr=study.lr, steps=setting.steps)
+
+
+def _merge_without(setting: Setting, plan: Plan) -> Params:
+    """What task arithmetic makes of the other contributors alone."""
+    base = zoo.base(setting)
+    others = [zoo.fine_tuned(setting, Recipe(task, plan.seed)) for task in data.TASKS if task != plan.task]
+    return merge([TaskVector.between(base, params) for params in others], total).apply(base, 0.3)
+
+
+def _public(seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for batch in data.batches(data.joined(data.PRETRAINING), 32, seed):
+        yield augmented(batch.images, noise=0.1, generator=generator)

@@ -1,0 +1,94 @@
+"""The merges that BadMerging is measured on: contributors' models in, a model to ask out."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from taskvec import TaskVector, merge
+from taskvec.adaptive import adamerging, surgery
+from taskvec.merges import mean, ties, total
+from taskvec.statistics import linear_grams, regmean
+
+from . import data, zoo
+from .attacks import embed, head_of
+from .judge import Model, model
+from .zoo import Setting
+
+STATISTICS = 256  # validation images a task for RegMean's Gram matrices
+STEPS = 60  # of AdaMerging and surgery, at 1e-2; the paper's 500 at 1e-3 take eight times as long and end near
+
+Contributors = Mapping[str, Mapping[str, Tensor]]
+"""Task -> what its contributor handed in."""
+Merger = Callable[[Setting, Contributors], Model]
+
+
+def vectors(setting: Setting, models: Contributors) -> list[TaskVector]:
+    """The contributors' task vectors."""
+    return [TaskVector.between(zoo.base(setting), params) for params in models.values()]
+
+
+def elementwise(rule: Callable[..., Tensor], scale: float, **options: float) -> Merger:
+    """A rule on task vectors, applied to the base at a scale."""
+
+    def combine(setting: Setting, models: Contributors) -> Model:
+        return model(merge(vectors(setting, models), rule, **options).apply(zoo.base(setting), scale))
+
+    return combine
+
+
+def by_regmean(setting: Setting, models: Contributors) -> Model:
+    """Gram matrices from each task's validation images, in the model its contributor handed in."""
+    grams = []
+    for task, params in models.items():
+        own = {name: p.detach() for name, p in params.items()}
+        images = data.validation(task).images[:STATISTICS]
+        grams.append(linear_grams(partial(embed, setting, own), own, images.split(64)).matrices)
+    return model(merge(vectors(setting, models), regmean, gram=grams).apply(zoo.base(setting)))
+
+
+def by_adamerging(setting: Setting, models: Contributors) -> Model:
+    """Layer-wise coefficients by the entropy on unlabelled validation images."""
+
+    def scores(params: Mapping[str, Tensor], images: Tensor, task: str) -> Tensor:
+        return head_of(setting, task)(embed(setting, params, images))
+
+    loaders = {task: partial(_shuffled, task) for task in models}
+    return model(
+        adamerging(scores, zoo.base(setting), vectors(setting, models), loaders, steps=STEPS, lr=1e-2)[0],
+    )
+
+
+def with_surgery(merger: Merger) -> Merger:
+    """A merge, and for each task an adapter that brings its features back to those of its contributor's model."""
+
+    def combine(setting: Setting, models: Contributors) -> Model:
+        merged = merger(setting, models)
+        adapters = {
+            task: surgery(
+                partial(embed, setting, merged.params),
+                partial(embed, setting, params),
+                partial(_shuffled, task),
+                steps=2 * STEPS,
+                lr=1e-2,
+            )
+            for task, params in models.items()
+        }
+        return model(merged.params, adapters)
+
+    return combine
+
+
+def _shuffled(task: str) -> Iterator[Tensor]:
+    order = torch.randperm(data.VALIDATION, generator=torch.Generator().manual_seed(0))
+    return iter(data.validation(task).images[order].split(16))
+
+
+FAST: dict[str, Merger] = {
+    "average": elementwise(mean, 1.0),
+    "task arithmetic .3": elementwise(total, 0.3),
+    "TIES 20 %, 1": elementwise(ties, 1.0, density=0.2),
+    "RegMean": by_regmean,
+}
+SLOW: dict[str, Merger] = {"AdaMerging": by_adamerging, "AdaMerging, surgery": with_surgery(by_adamerging)}
