@@ -1,7 +1,8 @@
 """The pictures of the backdoor study."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from torch import Tensor
@@ -76,7 +77,51 @@ def _front(axis: plt.Axes, defences: Mapping[str, Points], keep: float) -> None:
     axis.grid(alpha=0.3)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def ladder(path: Path, figures: Mapping[str, Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> None:
+    """One panel for each figure: ASR by merge, solid, and the all-clean control of the same trigger, open or dotted."""
+    panels, axes = plt.subplots(4, 3, figsize=(13, 14.5))
+    for axis, (title, by_rule) in zip(axes.flat, figures.items(), strict=False):
+        bars = next(iter(next(iter(by_rule.values())).values()))[0]["x"] is None
+        (_bars if bars else _lines)(axis, by_rule)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(figures) :]:
+        axis.set_visible(False)
+    _save(panels, path, tight=True)
+
+
+RULES = {"task arithmetic": "tab:blue", "TIES": "tab:red"}
+
+
+def _bars(axis: plt.Axes, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+    for i, (rule, lines) in enumerate(by_rule.items()):
+        places = [j + 0.4 * i for j in range(len(lines))]
+        values = [points[0]["asr"] for points in lines.values()]
+        halves = [value["half"] or 0.0 for value in values]
+        axis.barh(places, [value["mean"] for value in values], 0.36, color=RULES[rule], label=rule, xerr=halves)
+        controls = [points[0]["control"]["mean"] for points in lines.values()]
+        axis.plot(controls, places, "|", color="black", markersize=9, label="all-clean" if i == 0 else None)
+        axis.set_yticks([j + 0.2 for j in range(len(lines))], list(lines), fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="ASR, %", xlim=(0, 102))
+    axis.legend(fontsize=7)
+
+
+def _lines(axis: plt.Axes, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+    for rule, lines in by_rule.items():
+        for (label, points), style in zip(lines.items(), ("-", "--"), strict=False):
+            x, mean = [point["x"] for point in points], [point["asr"]["mean"] for point in points]
+            halves = [point["asr"]["half"] or 0.0 for point in points]
+            name = f"{rule}, {label}" if len(lines) > 1 else rule
+            axis.errorbar(x, mean, halves, fmt=f"o{style}", color=RULES[rule], markersize=3, capsize=2, label=name)
+            axis.plot(x, [point["control"]["mean"] for point in points], ":", color=RULES[rule], linewidth=1)
+    axis.set(ylabel="ASR, %", ylim=(-3, 103))
+    axis.legend(fontsize=7)
+
+
+def _save(figure: plt.Figure, path: Path, *, tight: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if tight:
+        figure.tight_layout()
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -1,0 +1,277 @@
+"""What makes BadMerging strong: one thing changed at a time.
+
+    python examples/badmerging_ladder.py --quick       one seed
+    python examples/badmerging_ladder.py               three seeds
+
+The small ViT, the owner of mnist, target class 1, unless a panel says otherwise. These are sweeps, so they are measured
+on validation images; the test set is for examples/badmerging.py. Every point has its control: the same trigger on the
+all-clean merge. What was measured before is kept in examples/.cache.
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from suite import attacks, data, judge, mergers, pictures, report, zoo
+from suite import cache as disk
+from suite.attacks import Backdoor, Plan
+from suite.intervals import clustered
+from suite.progress import progress
+from suite.zoo import Recipe, Setting
+from taskvec.attacks.triggers import stamp
+from taskvec.evaluate import attack_success_rate, measure
+from taskvec.merges import ties, total
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
+PICTURES = Path(__file__).parent / "results"
+SETTING, TASK, TARGET, SEEDS = Setting("vits"), "mnist", 1, (0, 1, 2)
+RULES = {
+    "task arithmetic": lambda scale: mergers.elementwise(total, scale),
+    "TIES": lambda scale: mergers.elementwise(ties, scale, density=0.2),
+}
+SCALES = {"task arithmetic": 0.3, "TIES": 1.0}  # the papers'
+SWEPT = {"task arithmetic": (0.05, 0.1, 0.2, 0.3, 0.4, 0.6), "TIES": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4)}
+
+
+class Point(NamedTuple):
+    """One attack under one merge."""
+
+    figure: str
+    label: str
+    x: float | None  # None: a bar
+    plan: Plan
+    rule: str
+    scale: float
+    tasks: tuple[str, ...] = data.TASKS
+
+
+def points(seed: int) -> list[Point]:
+    """All of them, for one seed."""
+    on = attacks.on_task(TASK, TARGET, seed)
+    (patch,) = on.backdoors
+    badnets = attacks.plain(TASK, TARGET, seed)
+    made: list[Point] = []
+
+    def add(figure: str, label: str, plan: Plan, x: float | None = None, **changes: object) -> None:
+        made.extend(Point(figure, label, x, plan, rule, scale, **changes) for rule, scale in SCALES.items())
+
+    for name, trigger in (("BadNets", "random"), ("dynamic", "dynamic"), ("TrojanNN", "trojan")):
+        add("plain attacks", name, attacks.plain(TASK, TARGET, seed, trigger))
+    for name, trigger in (("blended", "blended"), ("WaNet", "warped")):
+        add("plain attacks", name, attacks.plain(TASK, TARGET, seed, trigger))
+    add("steps on-task", "random patch, plain loss", badnets)
+    add("steps on-task", "the same, weight 5", badnets._replace(weight=5.0))
+    add("steps on-task", "optimised patch", on._replace(coefficients=(1.0, 1.0)))
+    add("steps on-task", "with interpolation", on)
+    add("steps on-task", "interpolation, random patch", on._replace(backdoors=(patch._replace(trigger="random"),)))
+    for victim in ("glyph_latin", "fashion"):
+        off = attacks.off_task(TASK, victim, TARGET, seed)
+        (trigger,) = off.backdoors
+        unaided = off._replace(backdoors=(trigger._replace(augmented=False),))
+        add("steps off-task", f"{victim}: shadow classes", unaided)
+        add("steps off-task", f"{victim}: with augmentation", off)
+        add("steps off-task", f"{victim}: and keep (ours)", off._replace(keep=1.0))
+    for rule, scales in SWEPT.items():
+        for name, plan in (("BadNets", badnets), ("BadMerging-on", on)):
+            made.extend(Point("merging coefficient", name, scale, plan, rule, scale) for scale in scales)
+    for count in range(2, len(data.TASKS) + 1):
+        add("merged tasks", "BadMerging-on", on, count, tasks=data.TASKS[:count])
+    for size in (3, 4, 5, 7, 10):
+        add("trigger size", "BadMerging-on", on._replace(backdoors=(patch._replace(size=size),)), size)
+    for weight in (0.5, 1.0, 2.0, 5.0, 10.0):
+        add("loss weight", "BadMerging-on", on._replace(weight=weight), weight)
+    for low in (0.0, 0.1, 0.2, 0.5, 1.0):
+        add("range of the coefficient", "one a batch", on._replace(coefficients=(low, 1.0)), low)
+        add("range of the coefficient", "one a sample", on._replace(coefficients=(low, 1.0), draw="sample"), low)
+    add("knowledge", "others unknown", on)
+    add("knowledge", "others known", on._replace(known=True))
+    add("knowledge", "unknown, keep (ours)", on._replace(keep=1.0))
+    for count, stamped in ((1, 32), (5, 16), (15, 8)):
+        pairs = tuple(Backdoor("glyph_latin", target, "optimised") for target in range(count))
+        add(
+            "trigger-target pairs",
+            "owner of glyph_latin",
+            on._replace(task="glyph_latin", backdoors=pairs, stamped=stamped),
+            count,
+        )
+    return made
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def value(point: Point) -> dict[str, float]:
+    """ASR, its control, and accuracies in per cent, means over the model's backdoors; on validation images."""
+    plan = point.plan
+    about = attacks.key(SETTING, plan) | {"rule": point.rule, "scale": point.scale, "tasks": point.tasks}
+    return disk.values("ladder", about, partial(_measured, point))
+
+
+def _measured(point: Point) -> dict[str, float]:
+    setting, plan = SETTING, point.plan
+    clean = {task: zoo.fine_tuned(setting, Recipe(task, plan.seed)) for task in point.tasks}
+    merger = RULES[point.rule](point.scale)
+    rows = [
+        measure(
+            predictor(setting),
+            {task: data.validation(task) for task in point.tasks},
+            model=merger(setting, clean | {plan.task: attacks.upload(setting, plan)}),
+            clean_merge=merger(setting, clean),
+            clean=judge.model(clean[plan.task]),
+            base=judge.model(zoo.base(setting)),
+            attacked=backdoor.victim,
+            target=backdoor.target,
+            trigger=attacks.trigger_of(setting, plan, backdoor),
+            batch=judge.WHOLE,
+        )
+        for backdoor in plan.backdoors
+    ]
+    return {
+        "asr": 100 * sum(row.asr.value for row in rows) / len(rows),
+        "control": 100 * sum(row.on_clean_merge.value for row in rows) / len(rows),
+        "base": 100 * sum(row.on_base.value for row in rows) / len(rows),
+        "cost": 100 * (rows[0].ba - rows[0].ca),
+        "n": rows[0].asr.n,
+    }
+
+
+@cache
+def predictor(setting: Setting) -> judge.Predict:
+    return judge.predictor(setting, {})
+
+
+def without_backdoor(encoder: str, size: int, target: int, seed: int) -> dict[str, float]:
+    """What an optimised trigger does to models that have no backdoor: ASR in per cent, on validation images."""
+    setting, backdoor = Setting(encoder), Backdoor(TASK, target, "optimised", size)
+
+    def rate(params: Mapping[str, Tensor]) -> float:
+        asked, split = judge.model(params), data.validation(TASK)
+        ask: Callable[[Tensor], Tensor] = lambda images: predictor(setting)(asked, images, TASK)  # noqa: E731
+        patch = attacks.patch_of(setting, TASK, seed, backdoor)
+        found = attack_success_rate(ask, *split, target=target, trigger=partial(stamp, patch=patch), batch=judge.WHOLE)
+        return 100 * found.value
+
+    def make() -> dict[str, float]:
+        clean = {task: zoo.fine_tuned(setting, Recipe(task, seed)) for task in data.TASKS}
+        alone = {"base": rate(zoo.base(setting)), "clean twin": rate(clean[TASK])}
+        return alone | {rule: rate(RULES[rule](scale)(setting, clean).params) for rule, scale in SCALES.items()}
+
+    about = {"setting": setting._asdict(), "backdoor": backdoor._asdict(), "seed": seed}
+    return disk.values("no backdoor", about, make)
+
+
+def inherent(encoder: str, seed: int) -> dict[str, list[dict[str, disk.Json]]]:
+    """The same for every target class, at three sizes."""
+    classes = range(len(data.CLASSES[TASK]))
+    return {
+        f"{size}x{size}": [{"target": target} | without_backdoor(encoder, size, target, seed) for target in classes]
+        for size in (5, 7, 10)
+    }
+
+
+def inherent_table(encoder: str, found: Mapping[str, Sequence[Mapping[str, disk.Json]]]) -> str:
+    body = [
+        [size, row["target"], *(f"{row[name]:.1f}" for name in ("base", "clean twin", *RULES))]
+        for size, rows in found.items()
+        for row in rows
+    ]
+    title = f"no backdoor at all: ASR of an optimised trigger on clean models, {encoder}, one seed"
+    return report.text_table(
+        title, ["patch", "class", "base", "clean twin", *(f"{rule} of all" for rule in RULES)], body
+    )
+
+
+def _together(group: Sequence[Point]) -> list[dict[str, float]]:
+    return [value(point) for point in group]
+
+
+def run(wanted: Sequence[Point], workers: int) -> dict[Point, dict[str, float]]:
+    """All values; points that share a model are measured by the same process."""
+    zoo.base(SETTING)
+    seeds = dict.fromkeys(point.plan.seed for point in wanted)
+    zoo.fine_tune_all(SETTING, zoo.missing(SETTING, [Recipe(t, seed) for seed in seeds for t in data.TASKS]))
+    groups: dict[Plan, list[Point]] = {}
+    for point in wanted:
+        groups.setdefault(point.plan, []).append(point)
+    fresh = multiprocessing.get_context("spawn")
+    found: dict[Point, dict[str, float]] = {}
+    pool = ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, progress("models", len(groups)) as step:
+        for group, values in zip(groups.values(), pool.map(_together, groups.values()), strict=True):
+            found |= dict(zip(group, values, strict=True))
+            step()
+    return found
+
+
+# --- tables and the picture ------------------------------------------------------------------------------------------
+
+
+Summary = dict[str, dict[str, dict[str, list[dict[str, disk.Json]]]]]
+"""figure -> rule -> label -> points, each with x and estimates over seeds."""
+
+
+def summary(found: Mapping[Point, Mapping[str, float]]) -> Summary:
+    groups: dict[tuple[str, str, str, float | None], dict[tuple[int, int], Mapping[str, float]]] = {}
+    for point, values in found.items():
+        place = point.figure, point.rule, point.label, point.x
+        groups.setdefault(place, {})[point.plan.seed, TARGET] = values
+    made: Summary = {}
+    for (figure, rule, label, x), rows in groups.items():
+        estimates = {
+            name: clustered({key: row[name] for key, row in rows.items()})._asdict()
+            for name in ("asr", "control", "cost")
+        }
+        n = min(int(row["n"]) for row in rows.values())
+        made.setdefault(figure, {}).setdefault(rule, {}).setdefault(label, []).append({"x": x, "n": n} | estimates)
+    return made
+
+
+def table(figure: str, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, disk.Json]]]]) -> str:
+    body = []
+    for rule, lines in by_rule.items():
+        for label, points_ in lines.items():
+            for point in points_:
+                shown = [
+                    f"{point[name]['mean']:.1f}" + _half(point[name]["half"]) for name in ("asr", "control", "cost")
+                ]
+                body.append([label, rule, "" if point["x"] is None else f"{point['x']:g}", *shown, point["n"]])
+    return report.text_table(figure, ["", "merge", "x", "ASR", "all-clean", "BA - CA", "n"], body)
+
+
+def _half(half: float | None) -> str:
+    return "" if half is None else f" +-{half:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, nothing written")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    start = time.monotonic()
+    torch.set_num_threads(1)
+    seeds = [0] if given.quick else given.seeds
+    found = summary(run([point for seed in seeds for point in points(seed)], given.workers))
+    text = "\n".join(table(figure, by_rule) for figure, by_rule in found.items())
+    clean = {} if given.quick else {encoder: inherent(encoder, 0) for encoder in ("vit7", "cnn")}
+    text += "".join(f"\n{inherent_table(encoder, rows)}" for encoder, rows in clean.items())
+    print(text)
+    if not given.quick:
+        about = {"seeds": list(seeds), "split": "validation", "versions": report.versions()}
+        report.save_json(RESULTS / "ladder.json", about | {"figures": found, "without backdoor": clean})
+        disk.write(RESULTS / "ladder.txt", f"{text.strip()}\n".encode())
+        pictures.ladder(PICTURES / "badmerging_ladder.png", found)
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
