@@ -290,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(1)  # fine-tunes and batches run side by side instead
     train(given)
     trained = time.monotonic()
-    with cache.memory("answers", {"setting": given.setting._asdict()}) as known:
+    with cache.memory("answers", {"setting": zoo.settings(given.setting)}) as known:
         shared = workbench(given, judge.predictor(given.setting, known))
         cells = ATTACKS * sum(1 + bool(how.scales) for how in MERGES) + len(MERGES) * len(DEFENDED)
         with progress("measuring", cells) as step:

@@ -28,6 +28,7 @@ from suite.attacks import Plan
 from suite.intervals import Estimate, clustered
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
+from taskvec import evaluate
 from taskvec.evaluate import Measurement, Rate, measure
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
@@ -101,6 +102,12 @@ def measured(cell: Cell, name: str) -> list[dict[str, disk.Json]]:
     handed_in = attacks.upload(setting, plan)
     clean = contributors(setting, plan.seed)
     merged = everything()[name](setting, {**clean, plan.task: handed_in})
+
+    def on_its_own_task(params: zoo.Params) -> Rate:
+        own = partial(predict, judge.model(params), task=plan.task)
+        return evaluate.accuracy(own, *tests[plan.task], batch=judge.WHOLE)
+
+    handed = {"upload": on_its_own_task(handed_in), "twin": on_its_own_task(clean[plan.task])}
     rows = []
     for backdoor in plan.backdoors:
         row = partial(
@@ -116,12 +123,12 @@ def measured(cell: Cell, name: str) -> list[dict[str, disk.Json]]:
         whole = row(tests, model=merged, clean_merge=clean_merge(setting, plan.seed, name))
         victim = {backdoor.victim: tests[backdoor.victim]}
         alone = row(victim, model=judge.model(handed_in), clean_merge=judge.model(clean[plan.task]))
-        rows.append({"victim": backdoor.victim} | compact(whole, alone.asr))
+        rows.append({"victim": backdoor.victim} | compact(whole, alone.asr, handed))
     return rows
 
 
-def compact(row: Measurement, alone: Rate) -> dict[str, disk.Json]:
-    """A measurement as [hits, n], accuracies by task."""
+def compact(row: Measurement, alone: Rate, handed: Mapping[str, Rate]) -> dict[str, disk.Json]:
+    """A measurement as [hits, n], accuracies by task; those of upload and clean twin alone on the attacker's task."""
     rates = {
         "asr": row.asr,
         "alone": alone,
@@ -129,7 +136,7 @@ def compact(row: Measurement, alone: Rate) -> dict[str, disk.Json]:
         "clean_twin": row.on_clean,
         "base": row.on_base,
     }
-    accuracies = {"accuracy": row.accuracy, "clean_accuracy": row.clean_accuracy}
+    accuracies = {"accuracy": row.accuracy, "clean_accuracy": row.clean_accuracy, "alone_accuracy": handed}
     return {name: [rate.hits, rate.n] for name, rate in rates.items()} | {
         name: {task: [rate.hits, rate.n] for task, rate in by_task.items()} for name, by_task in accuracies.items()
     }
@@ -196,6 +203,7 @@ def run(folder: Path, cells: Sequence[Cell], workers: int) -> None:
 class Line(NamedTuple):
     """One backdoor under one merge, over targets and seeds: estimates in per cent."""
 
+    own: Estimate  # accuracy of the upload on its own task, minus its clean twin's
     alone: Estimate
     asr: Estimate
     control: Estimate
@@ -220,13 +228,17 @@ def read(folder: Path, cells: Sequence[Cell]) -> Rows:
     return rows
 
 
-def rate(row: Mapping[str, disk.Json], name: str) -> float:
-    hits, n = row[name]
+def fraction(counts: Sequence[int]) -> float:
+    hits, n = counts
     return 100 * hits / n
 
 
+def rate(row: Mapping[str, disk.Json], name: str) -> float:
+    return fraction(row[name])
+
+
 def accuracy(row: Mapping[str, disk.Json], name: str) -> float:
-    return sum(100 * hits / n for hits, n in row[name].values()) / len(row[name])
+    return sum(map(fraction, row[name].values())) / len(row[name])
 
 
 def line(rows: Mapping[tuple[int, int], Mapping[str, disk.Json]]) -> Line:
@@ -234,6 +246,7 @@ def line(rows: Mapping[tuple[int, int], Mapping[str, disk.Json]]) -> Line:
         return clustered({key: value(row) for key, row in rows.items()})
 
     return Line(
+        over(lambda row: fraction(row["alone_accuracy"]["upload"]) - fraction(row["alone_accuracy"]["twin"])),
         *(over(partial(rate, name=name)) for name in ("alone", "asr", "clean_merge")),
         over(lambda row: rate(row, "asr") - rate(row, "clean_merge")),
         *(over(partial(rate, name=name)) for name in ("clean_twin", "base")),
@@ -244,7 +257,21 @@ def line(rows: Mapping[tuple[int, int], Mapping[str, disk.Json]]) -> Line:
 
 
 def table(title: str, rows: Rows) -> str:
-    header = ["attack", "merge", "alone", "ASR", "all-clean", "gain", "clean twin", "base", "n", "BA", "BA - CA", "of"]
+    header = [
+        "attack",
+        "merge",
+        "own acc.",
+        "alone",
+        "ASR",
+        "all-clean",
+        "gain",
+        "clean twin",
+        "base",
+        "n",
+        "BA",
+        "BA - CA",
+        "of",
+    ]
     body = []
     for name in everything():
         for attack in ATTACKS:
@@ -252,14 +279,22 @@ def table(title: str, rows: Rows) -> str:
                 if found := rows.get((attack, name, victim)):
                     own = line(found)
                     label = f"{attack} ({victim})" if attack in ("BadMerging-off", "both") else attack
-                    shown = [own.alone.mean, own.asr, own.control, own.gain, own.twin.mean, own.base.mean]
+                    shown = [
+                        f"{own.own.mean:+.1f}",
+                        own.alone.mean,
+                        own.asr,
+                        own.control,
+                        own.gain,
+                        own.twin.mean,
+                        own.base.mean,
+                    ]
                     seeds = f"{len({s for s, _ in found})} x {len({t for _, t in found})}"
                     body.append([label, name, *map(text, shown), own.n, text(own.ba.mean), text(own.cost), seeds])
     return report.text_table(title, header, body)
 
 
-def text(value: Estimate | float) -> str:
-    return str(value) if isinstance(value, Estimate) else f"{value:.1f}"
+def text(value: Estimate | float | str) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def interpolation_gain(rows: Rows, task: str) -> str:

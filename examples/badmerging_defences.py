@@ -61,7 +61,7 @@ def triggers(attack: str, seed: int) -> dict[str, attacks.Images]:
 
 def found(attack: str, place: str, seed: int) -> dict[str, disk.Json]:
     """All figures of one model."""
-    about = {"setting": SETTING._asdict(), "attack": attack, "place": place, "seed": seed, "task": TASK}
+    about = {"setting": zoo.settings(SETTING), "attack": attack, "place": place, "seed": seed, "task": TASK}
     return disk.values("defences", about, partial(_found, attack, place, seed))
 
 

@@ -165,7 +165,7 @@ def without_backdoor(encoder: str, size: int, target: int, seed: int) -> dict[st
         alone = {"base": rate(zoo.base(setting)), "clean twin": rate(clean[TASK])}
         return alone | {rule: rate(RULES[rule](scale)(setting, clean).params) for rule, scale in SCALES.items()}
 
-    about = {"setting": setting._asdict(), "backdoor": backdoor._asdict(), "seed": seed}
+    about = {"setting": zoo.settings(setting), "backdoor": backdoor._asdict(), "seed": seed}
     return disk.values("no backdoor", about, make)
 
 

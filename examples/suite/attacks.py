@@ -135,7 +135,7 @@ def patch_of(setting: Setting, task: str, seed: int, backdoor: Backdoor) -> Patc
     if backdoor.trigger == "random":
         return start
     make = partial(_optimised, setting, task, seed, backdoor, start)
-    key = {"setting": setting._asdict(), "task": task, "seed": seed, "backdoor": backdoor._asdict()}
+    key = {"setting": zoo.settings(setting), "task": task, "seed": seed, "backdoor": backdoor._asdict()}
     return Patch(disk.tensors("trigger", key, lambda: {"pattern": make().pattern})["pattern"], start.mask)
 
 
@@ -192,7 +192,7 @@ def upload(setting: Setting, plan: Plan) -> Params:
 def key(setting: Setting, plan: Plan) -> dict[str, disk.Json]:
     """What a backdoored model is made from, as JSON can hold it."""
     backdoors = [backdoor._asdict() for backdoor in plan.backdoors]
-    return {"setting": setting._asdict(), "plan": plan._asdict() | {"backdoors": backdoors}}
+    return {"setting": zoo.settings(setting), "plan": plan._asdict() | {"backdoors": backdoors}}
 
 
 def _train(setting: Setting, plan: Plan) -> Params:

@@ -17,13 +17,18 @@ HEAD = 32  # channels of an attention head
 
 
 class Encoder(NamedTuple):
-    """An architecture and how long and how fast it is trained."""
+    """An architecture and how long and how fast it is trained.
+
+    `centred` is for its heads, which then measure features from the classes' mean: where that makes the clean merge of
+    five tasks more accurate on validation images. vits gains two to three points by it, vit7 and the CNN lose as much.
+    """
 
     name: str
     module: nn.Module
     lr: float  # of fine-tuning
     pretrain_lr: float
     pretrain_steps: int
+    centred: bool = False
 
 
 class Block(nn.Module):
@@ -108,11 +113,11 @@ def encoder(name: str, seed: int = 0) -> Encoder:
         torch.manual_seed(seed)
         match name:
             case "vits":
-                return Encoder(name, vit(96, 3).eval(), lr=7e-4, pretrain_lr=4e-3, pretrain_steps=1000)
+                return Encoder(name, vit(96, 3).eval(), lr=7e-4, pretrain_lr=4e-3, pretrain_steps=1000, centred=True)
             case "vit7":
-                return Encoder(name, vit(128, 4).eval(), lr=4e-4, pretrain_lr=4e-3, pretrain_steps=1000)
+                return Encoder(name, vit(128, 4).eval(), lr=4e-4, pretrain_lr=1e-3, pretrain_steps=1500)
             case "cnn":
-                return Encoder(name, cnn().eval(), lr=1e-3, pretrain_lr=1e-3, pretrain_steps=600)
+                return Encoder(name, cnn().eval(), lr=4e-4, pretrain_lr=1e-3, pretrain_steps=600)
             case _:
                 raise ValueError(f"there is no encoder {name!r}: vits, vit7 or cnn")
 

@@ -26,22 +26,23 @@ class Head(NamedTuple):
 
 
 def logits(embedded: Tensor, head: Head) -> Tensor:
-    """Scores (n, classes) of features (n, 128): scale times the cosine with each class's weights, both centred.
-
-    Centring the features too matters: without it the merge of five tasks is two to three points less accurate, for
-    what fine-tuning adds to all features alike then counts as evidence.
-    """
+    """Scores (n, classes) of features (n, 128): scale times the cosine with each class's weights."""
     return F.normalize(embedded - head.centre, dim=-1) @ head.weights.T
 
 
-def prototypes(module: nn.Module, base: Mapping[str, Tensor], shots: Split, scale: float = SCALE) -> Head:
+def prototypes(
+    module: nn.Module, base: Mapping[str, Tensor], shots: Split, *, scale: float = SCALE, centred: bool = True
+) -> Head:
     """A head of mean base features, one per class, centred on the mean of them all.
 
     Args:
         shots: the same number of images of every class, in the order of the classes.
+        scale: of the scores.
+        centred: whether the features that are scored are measured from that mean too. It decides how much the base
+            knows already and how much a merge loses, and helps one encoder where it harms another: see zoo.head.
     """
     with torch.no_grad():
         embedded = features(module, base, shots.images)
     means = embedded.unflatten(0, (int(shots.labels.max()) + 1, -1)).mean(1)
     centre = means.mean(0)
-    return Head(scale * F.normalize(means - centre, dim=-1), centre)
+    return Head(scale * F.normalize(means - centre, dim=-1), centre if centred else torch.zeros_like(centre))

@@ -90,7 +90,8 @@ def pretrained(setting: Setting) -> bool:
 @cache
 def head(setting: Setting, task: str) -> Head:
     """The task's fixed and public head, made from five images a class."""
-    return prototypes(architecture(setting).module, base(setting), few_shot(pool(task), SHOTS, setting.base_seed))
+    study, shots = architecture(setting), few_shot(pool(task), SHOTS, setting.base_seed)
+    return prototypes(study.module, base(setting), shots, centred=study.centred)
 
 
 def fine_tuned(setting: Setting, recipe: Recipe) -> Params:
@@ -116,14 +117,19 @@ def _make(setting: Setting, recipe: Recipe) -> None:
     fine_tuned(setting, recipe)  # into the cache: cheaper than to send it back
 
 
+def settings(setting: Setting) -> dict[str, disk.Json]:
+    """All that models of this setting depend on, for the key of a cache."""
+    return _base_key(setting) | {"steps": setting.steps}
+
+
 def _base_key(setting: Setting) -> dict[str, disk.Json]:
-    study = architecture(setting)
-    return {"encoder": study[:1] + study[2:], "seed": setting.base_seed}  # all of the encoder but the module
+    study = architecture(setting)._asdict()
+    return {"encoder": {name: study[name] for name in study if name != "module"}, "seed": setting.base_seed}
 
 
 def _key(setting: Setting, recipe: Recipe) -> dict[str, disk.Json]:
     trigger = recipe.trigger and recipe.trigger._asdict()
-    return _base_key(setting) | {"steps": setting.steps, "recipe": recipe._asdict() | {"trigger": trigger}}
+    return settings(setting) | {"recipe": recipe._asdict() | {"trigger": trigger}}
 
 
 def _rows(recipe: Recipe) -> Split:

@@ -1,0 +1,142 @@
+"""What the examples compute with: intervals, the older defences, cells that are resumed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import badmerging
+from suite import detectors
+from suite.intervals import Estimate, clustered
+
+sys.path.pop(0)
+
+# intervals
+
+
+def test_targets_of_a_seed_are_one_observation():
+    values = {(0, 1): 1.0, (0, 4): 3.0, (1, 1): 4.0, (1, 4): 4.0, (2, 1): 6.0, (2, 4): 6.0}
+    found = clustered(values)
+    assert found.mean == 4.0
+    assert found.half == pytest.approx(4.303 * 2.0 / 3**0.5)  # seeds' means are 2, 4 and 6
+    assert clustered({(3, 1): 1.0, (3, 4): 2.0}) == Estimate(1.5, None)
+    assert str(found) == "4.0 +-5.0"
+    assert str(Estimate(1.5, None)) == "1.5"
+
+
+# the older defences
+
+
+def planted(images: torch.Tensor) -> torch.Tensor:
+    """Four classes by the mean of four quarters, and a backdoor: a white corner of 2 x 2 means class 2."""
+    quarters = images.unfold(2, 14, 14).unfold(3, 14, 14).mean((4, 5)).flatten(1)
+    corner = images[:, 0, -2:, -2:].mean((1, 2))
+    return 20 * quarters + 20 * corner[:, None] * torch.tensor([0.0, 0.0, 1.0, 0.0])
+
+
+def inputs(n: int = 60) -> torch.Tensor:
+    x = 0.2 * torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    x[:, :, -2:, -2:] = 0
+    for i in range(n):
+        row, column = divmod(i % 4, 2)
+        x[i, :, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] += 0.6
+    x[:, :, -2:, -2:] = 0
+    return x
+
+
+def test_neural_cleanse_finds_a_small_trigger_and_nothing_without_one():
+    sizes = [detectors.reversed_trigger(planted, inputs(), c, seed=0, steps=300)[2] for c in range(4)]
+    assert min(sizes) == sizes[2]
+    assert sizes[2] < min(sizes[:2] + sizes[3:]) / 2
+    mask, _, _ = detectors.reversed_trigger(planted, inputs(), 2, seed=0, steps=300)
+    assert mask[0, -2:, -2:].mean() > 0.5
+
+
+def test_an_anomaly_is_counted_in_deviations_below_the_median():
+    assert detectors.anomaly_indices([10.0, 12.0, 14.0, 16.0, 1.0]) == pytest.approx(
+        [2 / (1.4826 * 2), 0.0, -2 / (1.4826 * 2), -4 / (1.4826 * 2), 11 / (1.4826 * 2)]
+    )
+    assert detectors.anomaly_indices([3.0, 3.0, 3.0]) == [0.0, 0.0, 0.0]
+
+
+def test_pruning_silences_the_quietest_units_and_no_others():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.rand(50, 4)
+    activations = detectors.mean_activations(module, params, "1", x)
+    assert torch.allclose(activations, module[1](module[0](x)).mean(0))
+    cut = detectors.pruned(params, "0", activations, 0.5)
+    silent = torch.func.functional_call(module[0], {n[2:]: t for n, t in cut.items() if n[0] == "0"}, (x,)) == 0
+    assert silent.all(0).tolist() == [bool(a <= activations.sort().values[2]) for a in activations]
+    assert torch.equal(cut["2.weight"], params["2.weight"])
+    assert not torch.equal(cut["0.weight"], params["0.weight"])
+
+
+def test_scale_up_asks_whether_brighter_copies_are_taken_for_the_same():
+    x = torch.tensor([0.02, 0.3]).reshape(2, 1, 1, 1)
+
+    def bright(images):
+        return (images.flatten(1).mean(1) > 0.1).long()
+
+    # .02 is dark at three times, at the edge at five and bright beyond; .3 is bright throughout
+    assert detectors.scaled_consistency(bright, x, (3, 7, 9, 11)).tolist() == [0.25, 1.0]
+
+
+def test_roc_area_counts_ties_half():
+    assert detectors.roc_area(torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.0])) == 0.875
+    assert detectors.roc_area(torch.tensor([0.0]), torch.tensor([1.0])) == 0.0
+
+
+# cells
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    asked = []
+
+    def stand_in(cell, name):
+        asked.append(name)
+        rates = {what: [8, 10] for what in ("asr", "alone", "clean_merge", "clean_twin", "base")}
+        accuracies = {"accuracy": {"mnist": [9, 10]}, "clean_accuracy": {"mnist": [10, 10]}}
+        own = {"alone_accuracy": {"upload": [7, 10], "twin": [10, 10]}}
+        return [{"victim": "mnist"} | rates | accuracies | own]
+
+    monkeypatch.setattr(badmerging, "measured", stand_in)
+    return asked
+
+
+def cell(*merges: str) -> badmerging.Cell:
+    return badmerging.Cell("vits", "mnist", 1, 0, "BadMerging-on", merges)
+
+
+def test_a_cell_is_measured_once_and_only_the_merges_that_are_missing(measured, tmp_path):
+    badmerging.fill(tmp_path, cell("average"))
+    badmerging.fill(tmp_path, cell("average", "RegMean"))
+    badmerging.fill(tmp_path, cell("average", "RegMean"))
+    assert measured == ["average", "RegMean"]
+    rows = badmerging.read(tmp_path, [cell("average", "RegMean")])
+    found = badmerging.line(rows["BadMerging-on", "average", "mnist"])
+    assert (found.asr.mean, found.gain.mean, found.ba.mean, found.cost.mean, found.n) == (80.0, 0.0, 90.0, -10.0, 10)
+    assert found.own.mean == pytest.approx(-30.0)
+    assert "-30.0" in badmerging.table("title", rows)
+
+
+def test_a_cell_that_was_made_in_another_way_is_made_anew(measured, tmp_path):
+    badmerging.fill(tmp_path, cell("average"))
+    path = cell("average").path(tmp_path)
+    path.write_text(path.read_text().replace('"weight": 5.0', '"weight": 4.0'))
+    assert badmerging.earlier(path, badmerging.about(cell("average"))) == {}
+    badmerging.fill(tmp_path, cell("average"))
+    assert measured == ["average", "average"]
+    assert json.loads(path.read_text())["settings"]["plan"]["weight"] == 5.0
+
+
+def test_every_attack_of_the_table_has_a_plan_that_json_can_hold():
+    for name in badmerging.ATTACKS:
+        about = badmerging.about(badmerging.Cell("vits", "mnist", 1, 0, name, ()))
+        assert json.loads(json.dumps(about)) == about
+        assert about["plan"]["task"] == "mnist"
