@@ -257,21 +257,8 @@ def line(rows: Mapping[tuple[int, int], Mapping[str, disk.Json]]) -> Line:
 
 
 def table(title: str, rows: Rows) -> str:
-    header = [
-        "attack",
-        "merge",
-        "own acc.",
-        "alone",
-        "ASR",
-        "all-clean",
-        "gain",
-        "clean twin",
-        "base",
-        "n",
-        "BA",
-        "BA - CA",
-        "of",
-    ]
+    rates = ["own acc.", "alone", "ASR", "all-clean", "gain", "clean twin", "base"]
+    header = ["attack", "merge", *rates, "n", "BA", "BA - CA", "of"]
     body = []
     for name in everything():
         for attack in ATTACKS:
@@ -279,15 +266,8 @@ def table(title: str, rows: Rows) -> str:
                 if found := rows.get((attack, name, victim)):
                     own = line(found)
                     label = f"{attack} ({victim})" if attack in ("BadMerging-off", "both") else attack
-                    shown = [
-                        f"{own.own.mean:+.1f}",
-                        own.alone.mean,
-                        own.asr,
-                        own.control,
-                        own.gain,
-                        own.twin.mean,
-                        own.base.mean,
-                    ]
+                    own_task = f"{own.own.mean:+.1f}"
+                    shown = [own_task, own.alone.mean, own.asr, own.control, own.gain, own.twin.mean, own.base.mean]
                     seeds = f"{len({s for s, _ in found})} x {len({t for _, t in found})}"
                     body.append([label, name, *map(text, shown), own.n, text(own.ba.mean), text(own.cost), seeds])
     return report.text_table(title, header, body)
