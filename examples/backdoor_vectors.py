@@ -99,15 +99,9 @@ def helpers(task: str, seed: int) -> list[Recipe]:
 
 def train(given: Options) -> None:
     """Make every model of the study, unless it is in the cache."""
-    if not zoo.pretrained(given.setting):
-        with progress("pre-training", zoo.architecture(given.setting).pretrain_steps) as step:
-            zoo.base(given.setting, step)
     planted = list(roster(given.attack_task, given.seed).values())
     clean = [*bystanders(given.attack_task, given.seed).values(), *helpers(given.attack_task, given.seed)]
-    recipes = [*planted, *(recipe.twin() for recipe in planted), *clean]
-    if missing := zoo.missing(given.setting, recipes):
-        with progress("fine-tuning", len(missing)) as step:
-            zoo.fine_tune_all(given.setting, missing, step)
+    zoo.prepare(given.setting, [*planted, *(recipe.twin() for recipe in planted), *clean])
 
 
 def backdoor_vectors(given: Options, twin: str | None = None) -> dict[str, BackdoorVector]:

@@ -11,11 +11,9 @@ stopped goes on where it was, and the full run's cells, docs/results/badmerging/
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -180,19 +178,9 @@ def run(folder: Path, cells: Sequence[Cell], workers: int) -> None:
     """Train and measure what is not there yet."""
     todo = [cell for cell in cells if not set(cell.merges) <= set(earlier(cell.path(folder), about(cell)))]
     for encoder in dict.fromkeys(cell.encoder for cell in todo):
-        setting = Setting(encoder)
-        if not zoo.pretrained(setting):
-            with progress(f"pre-training {encoder}", zoo.architecture(setting).pretrain_steps) as step:
-                zoo.base(setting, step)
-        seeds = dict.fromkeys(cell.seed for cell in todo if cell.encoder == encoder)
-        missing = zoo.missing(setting, [Recipe(task, seed) for seed in seeds for task in data.TASKS])
-        if missing:
-            with progress(f"clean fine-tunes {encoder}", len(missing)) as step:
-                zoo.fine_tune_all(setting, missing, step)
+        zoo.prepare(Setting(encoder), zoo.clean(cell.seed for cell in todo if cell.encoder == encoder))
     if todo:
-        fresh = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,))
-        with pool, progress("cells", len(todo)) as step:
+        with zoo.workforce(workers) as pool, progress("cells", len(todo)) as step:
             for _ in pool.map(partial(fill, folder), todo):
                 step()
 

@@ -9,11 +9,9 @@ everything on validation images, of which one half of the rows is the defender's
 """
 
 import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -204,13 +202,10 @@ def main() -> None:
     start = time.monotonic()
     torch.set_num_threads(1)
     seeds = [0] if given.quick else given.seeds
-    zoo.base(SETTING)
-    zoo.fine_tune_all(SETTING, zoo.missing(SETTING, [Recipe(t, seed) for seed in seeds for t in data.TASKS]))
+    zoo.prepare(SETTING, zoo.clean(seeds))
     asked = [(attack, place, seed) for attack in ATTACKS for place in PLACES for seed in seeds]
-    fresh = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(given.workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,))
     rows: dict[tuple[str, str], dict[int, dict[str, disk.Json]]] = {}
-    with pool, progress("models", len(asked)) as step:
+    with zoo.workforce(given.workers) as pool, progress("models", len(asked)) as step:
         for (attack, place, seed), row in zip(asked, pool.map(found, *zip(*asked, strict=True)), strict=True):
             rows.setdefault((attack, place), {})[seed] = row
             step()

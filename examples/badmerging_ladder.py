@@ -9,11 +9,9 @@ all-clean merge. What was measured before is kept in examples/.cache.
 """
 
 import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,9 +62,8 @@ def points(seed: int) -> list[Point]:
     def add(figure: str, label: str, plan: Plan, x: float | None = None, **changes: object) -> None:
         made.extend(Point(figure, label, x, plan, rule, scale, **changes) for rule, scale in SCALES.items())
 
-    for name, trigger in (("BadNets", "random"), ("dynamic", "dynamic"), ("TrojanNN", "trojan")):
-        add("plain attacks", name, attacks.plain(TASK, TARGET, seed, trigger))
-    for name, trigger in (("blended", "blended"), ("WaNet", "warped")):
+    kinds = {"BadNets": "random", "dynamic": "dynamic", "TrojanNN": "trojan", "blended": "blended", "WaNet": "warped"}
+    for name, trigger in kinds.items():
         add("plain attacks", name, attacks.plain(TASK, TARGET, seed, trigger))
     add("steps on-task", "random patch, plain loss", badnets)
     add("steps on-task", "the same, weight 5", badnets._replace(weight=5.0))
@@ -97,12 +94,8 @@ def points(seed: int) -> list[Point]:
     add("knowledge", "unknown, keep (ours)", on._replace(keep=1.0))
     for count, stamped in ((1, 32), (5, 16), (15, 8)):
         pairs = tuple(Backdoor("glyph_latin", target, "optimised") for target in range(count))
-        add(
-            "trigger-target pairs",
-            "owner of glyph_latin",
-            on._replace(task="glyph_latin", backdoors=pairs, stamped=stamped),
-            count,
-        )
+        several = on._replace(task="glyph_latin", backdoors=pairs, stamped=stamped)
+        add("trigger-target pairs", "owner of glyph_latin", several, count)
     return made
 
 
@@ -171,6 +164,7 @@ def without_backdoor(encoder: str, size: int, target: int, seed: int) -> dict[st
 
 def inherent(encoder: str, seed: int) -> dict[str, list[dict[str, disk.Json]]]:
     """The same for every target class, at three sizes."""
+    zoo.prepare(Setting(encoder), zoo.clean([seed]))
     classes = range(len(data.CLASSES[TASK]))
     return {
         f"{size}x{size}": [{"target": target} | without_backdoor(encoder, size, target, seed) for target in classes]
@@ -196,16 +190,12 @@ def _together(group: Sequence[Point]) -> list[dict[str, float]]:
 
 def run(wanted: Sequence[Point], workers: int) -> dict[Point, dict[str, float]]:
     """All values; points that share a model are measured by the same process."""
-    zoo.base(SETTING)
-    seeds = dict.fromkeys(point.plan.seed for point in wanted)
-    zoo.fine_tune_all(SETTING, zoo.missing(SETTING, [Recipe(t, seed) for seed in seeds for t in data.TASKS]))
+    zoo.prepare(SETTING, zoo.clean(point.plan.seed for point in wanted))
     groups: dict[Plan, list[Point]] = {}
     for point in wanted:
         groups.setdefault(point.plan, []).append(point)
-    fresh = multiprocessing.get_context("spawn")
     found: dict[Point, dict[str, float]] = {}
-    pool = ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,))
-    with pool, progress("models", len(groups)) as step:
+    with zoo.workforce(workers) as pool, progress("models", len(groups)) as step:
         for group, values in zip(groups.values(), pool.map(_together, groups.values()), strict=True):
             found |= dict(zip(group, values, strict=True))
             step()

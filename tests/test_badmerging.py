@@ -168,7 +168,7 @@ def test_the_most_connected_neurons_are_those_of_the_largest_absolute_weights():
     ("change", "error", "message"),
     [
         ({"neurons": torch.tensor([], dtype=torch.long)}, DegenerateError, "no neurons"),
-        ({"neurons": torch.tensor([5])}, RangeError, "from 0 to 4"),
+        ({"neurons": torch.tensor([5])}, RangeError, "neurons are 0 to 4"),
         ({"activations": lambda x: x}, MismatchError, "activations are"),
         ({"images": images(0)}, DegenerateError, "no images"),
     ],

@@ -16,9 +16,10 @@ import torch
 from taskvec.attacks.triggers import Patch, random_patch, solid_patch, stamp
 
 from . import cache as disk
-from .data import Split, batches, few_shot, halves, pool
+from .data import TASKS, Split, batches, few_shot, halves, pool
 from .encoders import Encoder, encoder
 from .heads import SHOTS, Head, prototypes
+from .progress import progress as progress_of
 from .training import Images, Params, Progress, badnets_loss, clean_loss, idle, pretrain, train
 
 SHAPE = (1, 28, 28)
@@ -106,11 +107,30 @@ def missing(setting: Setting, recipes: Iterable[Recipe]) -> list[Recipe]:
 
 def fine_tune_all(setting: Setting, recipes: Sequence[Recipe], progress: Progress = idle) -> None:
     """Make these models, as many at a time as there are processors."""
-    workers = max(1, min(len(recipes), os.cpu_count() or 1))
-    fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    with ProcessPoolExecutor(workers, mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,)) as workforce:
-        for _ in workforce.map(partial(_make, setting), recipes):
+    with workforce(min(len(recipes), os.cpu_count() or 1)) as pool:
+        for _ in pool.map(partial(_make, setting), recipes):
             progress()
+
+
+def workforce(workers: int) -> ProcessPoolExecutor:
+    """So many processes of one thread each."""
+    fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    return ProcessPoolExecutor(max(1, workers), mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def prepare(setting: Setting, recipes: Iterable[Recipe]) -> None:
+    """Make the base and these models, where they are not in the cache, and tell how it goes."""
+    if not pretrained(setting):
+        with progress_of(f"pre-training {setting.encoder}", architecture(setting).pretrain_steps) as step:
+            base(setting, step)
+    if todo := missing(setting, recipes):
+        with progress_of(f"fine-tuning {setting.encoder}", len(todo)) as step:
+            fine_tune_all(setting, todo, step)
+
+
+def clean(seeds: Iterable[int]) -> list[Recipe]:
+    """The clean fine-tunes of every task, for each seed once."""
+    return [Recipe(task, seed) for seed in dict.fromkeys(seeds) for task in TASKS]
 
 
 def _make(setting: Setting, recipe: Recipe) -> None:

@@ -198,7 +198,7 @@ def trojan_trigger(
             raise MismatchError(f"activations are (n, d), not {tuple(found.shape)}")
         if int(neurons.min()) < 0 or int(neurons.max()) >= found.shape[1]:
             raise RangeError(
-                f"neurons are from 0 to {found.shape[1] - 1}; from {int(neurons.min())} to {int(neurons.max())} were given"
+                f"neurons are 0 to {found.shape[1] - 1}, and {int(neurons.min())} to {int(neurons.max())} were given"
             )
         return (found[:, neurons.to(found.device)] - aim).square().mean()
 
