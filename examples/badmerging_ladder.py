@@ -91,7 +91,10 @@ def points(seed: int) -> list[Point]:
         add("range of the coefficient", "one a sample", on._replace(coefficients=(low, 1.0), draw="sample"), low)
     add("knowledge", "others unknown", on)
     add("knowledge", "others known", on._replace(known=True))
-    add("knowledge", "unknown, keep (ours)", on._replace(keep=1.0))
+    add("what it costs", "BadMerging-on", on)
+    add("what it costs", "directions (ours)", on._replace(normalised=True))
+    add("what it costs", "keep (ours)", on._replace(keep=1.0))
+    add("what it costs", "both of ours", on._replace(normalised=True, keep=1.0))
     for count, stamped in ((1, 32), (5, 16), (15, 8)):
         pairs = tuple(Backdoor("glyph_latin", target, "optimised") for target in range(count))
         several = on._replace(task="glyph_latin", backdoors=pairs, stamped=stamped)

@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from taskvec import TaskVector, merge
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
         draw: a coefficient for each batch or each sample.
         stamped: triggered images of each batch and backdoor.
         keep: weight of the loss that keeps features of public images where they were (ours).
+        normalised: whether directions of features are interpolated, not the features (ours).
         known: whether the attacker knows the others' models: he then interpolates from their merge, not from the base
             (our reading).
     """
@@ -74,6 +76,7 @@ class Plan(NamedTuple):
     draw: Literal["batch", "sample"] = "batch"
     stamped: int = 32
     keep: float = 0.0
+    normalised: bool = False
     known: bool = False
 
 
@@ -135,7 +138,7 @@ def patch_of(setting: Setting, task: str, seed: int, backdoor: Backdoor) -> Patc
     if backdoor.trigger == "random":
         return start
     make = partial(_optimised, setting, task, seed, backdoor, start)
-    key = {"setting": zoo.settings(setting), "task": task, "seed": seed, "backdoor": backdoor._asdict()}
+    key = {"setting": zoo.settings(setting), "task": task, "seed": seed, "backdoor": _changed(backdoor)}
     return Patch(disk.tensors("trigger", key, lambda: {"pattern": make().pattern})["pattern"], start.mask)
 
 
@@ -190,9 +193,17 @@ def upload(setting: Setting, plan: Plan) -> Params:
 
 
 def key(setting: Setting, plan: Plan) -> dict[str, disk.Json]:
-    """What a backdoored model is made from, as JSON can hold it."""
-    backdoors = [backdoor._asdict() for backdoor in plan.backdoors]
-    return {"setting": zoo.settings(setting), "plan": plan._asdict() | {"backdoors": backdoors}}
+    """What a backdoored model is made from, as JSON can hold it.
+
+    Defaults are left out, so that an option added later does not make what is there stale.
+    """
+    backdoors = [_changed(backdoor) for backdoor in plan.backdoors]
+    return {"setting": zoo.settings(setting), "plan": _changed(plan) | {"backdoors": backdoors}}
+
+
+def _changed(value: Plan | Backdoor) -> dict[str, disk.Json]:
+    defaults = value._field_defaults
+    return {name: own for name, own in value._asdict().items() if name not in defaults or own != defaults[name]}
 
 
 def _train(setting: Setting, plan: Plan) -> Params:
@@ -201,8 +212,13 @@ def _train(setting: Setting, plan: Plan) -> Params:
         Pair(trigger_of(setting, plan, backdoor), *_as_seen_by_the_attacker(setting, plan.task, plan.seed, backdoor))
         for backdoor in plan.backdoors
     ]
+
+    def seen(params: Params, images: Tensor) -> Tensor:
+        found = embed(setting, params, images)
+        return F.normalize(found, dim=-1) if plan.normalised else found
+
     loss = badmerging_loss(
-        partial(embed, setting),
+        seen,
         _merge_without(setting, plan) if plan.known else base,
         head_of(setting, plan.task),
         pairs,

@@ -78,7 +78,10 @@ def _front(axis: plt.Axes, defences: Mapping[str, Points], keep: float) -> None:
 
 
 def ladder(path: Path, figures: Mapping[str, Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> None:
-    """One panel for each figure: ASR by merge, solid, and the all-clean control of the same trigger, open or dotted."""
+    """One panel for each figure: ASR by merge, and the all-clean control of the same trigger as a tick or dotted line.
+
+    At the right of a bar stands what the attack costs the merge, in points of accuracy.
+    """
     panels, axes = plt.subplots(4, 3, figsize=(13, 14.5))
     for axis, (title, by_rule) in zip(axes.flat, figures.items(), strict=False):
         bars = next(iter(next(iter(by_rule.values())).values()))[0]["x"] is None
@@ -101,6 +104,17 @@ def _bars(axis: plt.Axes, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[st
         axis.barh(places, [value["mean"] for value in values], 0.36, color=RULES[rule], label=rule, xerr=halves)
         controls = [points[0]["control"]["mean"] for points in lines.values()]
         axis.plot(controls, places, "|", color="black", markersize=9, label="all-clean" if i == 0 else None)
+        for place, points in zip(places, lines.values(), strict=True):
+            cost = f"{points[0]['cost']['mean']:+.1f}"
+            axis.text(
+                101,
+                place,
+                cost,
+                fontsize=6.5,
+                va="center",
+                ha="right",
+                bbox={"color": "white", "alpha": 0.6, "pad": 0.5},
+            )
         axis.set_yticks([j + 0.2 for j in range(len(lines))], list(lines), fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="ASR, %", xlim=(0, 102))
