@@ -89,7 +89,8 @@ def ladder(path: Path, figures: Mapping[str, Mapping[str, Mapping[str, Sequence[
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(figures) :]:
-        axis.set_visible(False)
+        axis.set_axis_off()
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
     _save(panels, path, tight=True)
 
 
@@ -103,22 +104,13 @@ def _bars(axis: plt.Axes, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[st
         halves = [value["half"] or 0.0 for value in values]
         axis.barh(places, [value["mean"] for value in values], 0.36, color=RULES[rule], label=rule, xerr=halves)
         controls = [points[0]["control"]["mean"] for points in lines.values()]
-        axis.plot(controls, places, "|", color="black", markersize=9, label="all-clean" if i == 0 else None)
+        label = "the same trigger, all-clean" if i == 0 else None
+        axis.plot(controls, places, "|", color="black", markersize=9, label=label)
         for place, points in zip(places, lines.values(), strict=True):
-            cost = f"{points[0]['cost']['mean']:+.1f}"
-            axis.text(
-                101,
-                place,
-                cost,
-                fontsize=6.5,
-                va="center",
-                ha="right",
-                bbox={"color": "white", "alpha": 0.6, "pad": 0.5},
-            )
+            axis.text(103, place, f"{points[0]['cost']['mean']:+.1f}", fontsize=7, va="center")
         axis.set_yticks([j + 0.2 for j in range(len(lines))], list(lines), fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel="ASR, %", xlim=(0, 102))
-    axis.legend(fontsize=7)
+    axis.set(xlabel="ASR, %", xlim=(0, 119), xticks=range(0, 101, 25))
 
 
 def _lines(axis: plt.Axes, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
@@ -126,11 +118,13 @@ def _lines(axis: plt.Axes, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[s
         for (label, points), style in zip(lines.items(), ("-", "--"), strict=False):
             x, mean = [point["x"] for point in points], [point["asr"]["mean"] for point in points]
             halves = [point["asr"]["half"] or 0.0 for point in points]
-            name = f"{rule}, {label}" if len(lines) > 1 else rule
-            axis.errorbar(x, mean, halves, fmt=f"o{style}", color=RULES[rule], markersize=3, capsize=2, label=name)
+            axis.errorbar(x, mean, halves, fmt=f"o{style}", color=RULES[rule], markersize=3, capsize=2)
+            if len(lines) > 1 and rule == "TIES":
+                axis.plot([], [], style, color="black", label=label)
             axis.plot(x, [point["control"]["mean"] for point in points], ":", color=RULES[rule], linewidth=1)
     axis.set(ylabel="ASR, %", ylim=(-3, 103))
-    axis.legend(fontsize=7)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
 
 
 def _save(figure: plt.Figure, path: Path, *, tight: bool = False) -> None:
