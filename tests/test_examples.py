@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import badmerging
-from suite import detectors
+from suite import attacks, cache, data, detectors, judge, mergers, zoo
 from suite.intervals import Estimate, clustered
 
 sys.path.pop(0)
@@ -140,3 +140,70 @@ def test_every_attack_of_the_table_has_a_plan_that_json_can_hold():
         about = badmerging.about(badmerging.Cell("vits", "mnist", 1, 0, name, ()))
         assert json.loads(json.dumps(about)) == about
         assert about["plan"]["task"] == "mnist"
+
+
+# attackers and merges, on an encoder that has hardly been trained
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
+    yield zoo.Setting("vits", steps=2, pretrain_steps=2)
+    cache.FOLDER = before
+
+
+ON = attacks.on_task("mnist", 1, 0)
+PLANS = {
+    **{kind: attacks.plain("mnist", 1, 0, kind) for kind in ("random", "dynamic", "trojan", "blended", "warped")},
+    "on-task": ON,
+    "off-task": attacks.off_task("mnist", "glyph_latin", 1, 0),
+    "both": attacks.jointly("mnist", "glyph_latin", 1, 0),
+    "with all options": ON._replace(known=True, keep=1.0, normalised=True, draw="sample", stamped=8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_every_attacker_hands_in_a_model_that_differs_from_its_clean_twin(name, setting):
+    plan = PLANS[name]
+    twin = zoo.fine_tuned(setting, zoo.Recipe(plan.task, plan.seed))
+    model = attacks.upload(setting, plan)
+    assert model.keys() == twin.keys()
+    assert all(bool(tensor.isfinite().all()) for tensor in model.values())
+    assert any(not torch.equal(model[name], twin[name]) for name in model)
+    for backdoor in plan.backdoors:
+        images = data.validation(backdoor.victim).images[:8]
+        triggered = attacks.trigger_of(setting, plan, backdoor)(images)
+        assert not torch.equal(triggered, images)
+        assert triggered.min() >= 0
+        assert triggered.max() <= 1
+
+
+@pytest.mark.slow
+def test_every_merge_gives_a_model_that_can_be_asked(setting, monkeypatch):
+    monkeypatch.setattr(mergers, "STEPS", 2)
+    models = {task: zoo.fine_tuned(setting, zoo.Recipe(task, 0)) for task in ("mnist", "fashion")}
+    predict = judge.predictor(setting, {})
+    for name, merger in {**mergers.FAST, **mergers.SLOW}.items():
+        merged = merger(setting, models)
+        assert merged.params.keys() == zoo.base(setting).keys(), name
+        assert predict(merged, data.validation("fashion").images[:4], "fashion").shape == (4,)
+        assert set(merged.adapters) == (set(models) if "surgery" in name else set())
+
+
+def test_an_off_task_attacker_has_ten_train_images_and_a_shadow_head_of_69_rows(setting):
+    (backdoor,) = PLANS["off-task"].backdoors
+    reference = attacks._references(backdoor, seed=0)
+    pool = data.pool("glyph_latin")
+    assert len(reference) == 10
+    of_the_class = pool.images[pool.labels == 1].flatten(1)
+    assert all(bool((of_the_class == image.flatten()).all(1).any()) for image in reference)
+    target, head = attacks._as_seen_by_the_attacker(setting, "mnist", 0, backdoor)
+    assert target == 0
+    assert head(torch.randn(3, 128)).shape == (3, 69)
+
+
+def test_what_a_plan_leaves_at_its_default_is_not_in_its_key():
+    told = attacks.key(zoo.Setting(), attacks.plain("mnist", 1, 0))["plan"]
+    assert told == {"task": "mnist", "seed": 0, "backdoors": [{"victim": "mnist", "target": 1}]}
+    assert attacks.key(zoo.Setting(), ON._replace(keep=1.0))["plan"]["keep"] == 1.0
