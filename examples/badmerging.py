@@ -41,6 +41,7 @@ ATTACKS: dict[str, Callable[[str, int, int], Plan]] = {
     "TrojanNN": partial(attacks.plain, trigger="trojan"),
     "without interpolation": partial(attacks.on_task, coefficients=(1.0, 1.0)),
     "BadMerging-on": attacks.on_task,
+    "directions": lambda task, target, seed: attacks.on_task(task, target, seed)._replace(normalised=True),
     "BadMerging-off": lambda task, target, seed: attacks.off_task(task, VICTIM, target, seed),
     "both": lambda task, target, seed: attacks.jointly(task, VICTIM, target, seed),
 }
