@@ -145,7 +145,7 @@ def predictor(setting: Setting) -> judge.Predict:
     return judge.predictor(setting, {})
 
 
-def without_backdoor(encoder: str, size: int, target: int, seed: int) -> dict[str, float]:
+def without_backdoor(encoder: str, seed: int, size: int, target: int) -> dict[str, float]:
     """What an optimised trigger does to models that have no backdoor: ASR in per cent, on validation images."""
     setting, backdoor = Setting(encoder), Backdoor(TASK, target, "optimised", size)
 
@@ -165,14 +165,17 @@ def without_backdoor(encoder: str, size: int, target: int, seed: int) -> dict[st
     return disk.values("no backdoor", about, make)
 
 
-def inherent(encoder: str, seed: int) -> dict[str, list[dict[str, disk.Json]]]:
+def inherent(encoder: str, seed: int, workers: int) -> dict[str, list[dict[str, disk.Json]]]:
     """The same for every target class, at three sizes."""
     zoo.prepare(Setting(encoder), zoo.clean([seed]))
-    classes = range(len(data.CLASSES[TASK]))
-    return {
-        f"{size}x{size}": [{"target": target} | without_backdoor(encoder, size, target, seed) for target in classes]
-        for size in (5, 7, 10)
-    }
+    asked = [(size, target) for size in (5, 7, 10) for target in range(len(data.CLASSES[TASK]))]
+    made: dict[str, list[dict[str, disk.Json]]] = {}
+    with zoo.workforce(workers) as pool, progress(f"no backdoor, {encoder}", len(asked)) as step:
+        found = pool.map(partial(without_backdoor, encoder, seed), *zip(*asked, strict=True))
+        for (size, target), row in zip(asked, found, strict=True):
+            made.setdefault(f"{size}x{size}", []).append({"target": target} | row)
+            step()
+    return made
 
 
 def inherent_table(encoder: str, found: Mapping[str, Sequence[Mapping[str, disk.Json]]]) -> str:
@@ -255,7 +258,7 @@ def main() -> None:
     seeds = [0] if given.quick else given.seeds
     found = summary(run([point for seed in seeds for point in points(seed)], given.workers))
     text = "\n".join(table(figure, by_rule) for figure, by_rule in found.items())
-    clean = {} if given.quick else {encoder: inherent(encoder, 0) for encoder in ("vit7", "cnn")}
+    clean = {} if given.quick else {encoder: inherent(encoder, 0, given.workers) for encoder in ("vit7", "cnn")}
     text += "".join(f"\n{inherent_table(encoder, rows)}" for encoder, rows in clean.items())
     print(text)
     if not given.quick:
