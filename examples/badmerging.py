@@ -288,7 +288,8 @@ def finish(folder: Path, encoder: str, task: str, cells: Sequence[Cell]) -> None
     whole = f"{table(title, rows)}\n{interpolation_gain(rows, task)}"
     print(whole)
     disk.write(folder / f"{encoder}-{task}.txt", f"{whole.strip()}\n".encode())
-    versions = json.dumps(report.versions() | {"cells": len(cells)}, indent=1)
+    there = sum(bool(earlier(cell.path(folder), about(cell))) for cell in cells)
+    versions = json.dumps(report.versions() | {"cells": there, "of": len(cells)}, indent=1)
     disk.write(folder / f"{encoder}-{task}.versions.json", f"{versions}\n".encode())
 
 

@@ -190,6 +190,33 @@ def inherent_table(encoder: str, found: Mapping[str, Sequence[Mapping[str, disk.
     )
 
 
+def lengths(encoder: str, seed: int) -> dict[str, dict[str, float]]:
+    """How long features are, clean and triggered, and accuracy in per cent on the attacker's own task: no merge."""
+    setting, on = Setting(encoder), attacks.on_task(TASK, TARGET, seed)
+    trigger, (images, labels) = attacks.trigger_of(setting, on, on.backdoors[0]), data.validation(TASK)
+    plans = {
+        "without interpolation": on._replace(coefficients=(1.0, 1.0)),
+        "BadMerging-on": on,
+        "directions (ours)": on._replace(normalised=True),
+    }
+    models = {"base": zoo.base(setting), "clean twin": zoo.fine_tuned(setting, Recipe(TASK, seed))}
+    models |= {name: attacks.upload(setting, plan) for name, plan in plans.items()}
+    found = {}
+    with torch.no_grad():
+        for name, params in models.items():
+            clean, stamped = (attacks.embed(setting, params, x) for x in (images, trigger(images)))
+            right = attacks.head_of(setting, TASK)(clean).argmax(1) == labels
+            means = {"clean": float(clean.norm(dim=1).mean()), "triggered": float(stamped.norm(dim=1).mean())}
+            found[name] = means | {"accuracy": 100 * float(right.float().mean())}
+    return found
+
+
+def lengths_table(encoder: str, found: Mapping[str, Mapping[str, float]]) -> str:
+    body = [[name, *(f"{row[what]:.1f}" for what in ("clean", "triggered", "accuracy"))] for name, row in found.items()]
+    title = f"length of features of validation images, and accuracy on the own task, {encoder}, one seed"
+    return report.text_table(title, ["model", "clean", "triggered", "accuracy"], body)
+
+
 def _together(group: Sequence[Point]) -> list[dict[str, float]]:
     return [value(point) for point in group]
 
@@ -260,10 +287,14 @@ def main() -> None:
     text = "\n".join(table(figure, by_rule) for figure, by_rule in found.items())
     clean = {} if given.quick else {encoder: inherent(encoder, 0, given.workers) for encoder in ("vit7", "cnn")}
     text += "".join(f"\n{inherent_table(encoder, rows)}" for encoder, rows in clean.items())
+    long = {} if given.quick else {encoder: lengths(encoder, 0) for encoder in ("vit7", "cnn")}
+    text += "".join(f"\n{lengths_table(encoder, rows)}" for encoder, rows in long.items())
     print(text)
     if not given.quick:
         about = {"seeds": list(seeds), "split": "validation", "versions": report.versions()}
-        report.save_json(RESULTS / "ladder.json", about | {"figures": found, "without backdoor": clean})
+        report.save_json(
+            RESULTS / "ladder.json", about | {"figures": found, "without backdoor": clean, "lengths": long}
+        )
         disk.write(RESULTS / "ladder.txt", f"{text.strip()}\n".encode())
         pictures.ladder(PICTURES / "badmerging_ladder.png", found)
     print(f"{time.monotonic() - start:.0f} s")
