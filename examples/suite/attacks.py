@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         draw: a coefficient for each batch or each sample.
         stamped: triggered images of each batch and backdoor.
         keep: weight of the loss that keeps features of public images where they were (ours).
-        normalised: whether directions of features are interpolated, not the features (ours).
+        normalised: whether directions of features, as the head sees them, are interpolated in their place (ours).
         known: whether the attacker knows the others' models: he then interpolates from their merge, not from the base
             (our reading).
     """
@@ -213,9 +213,11 @@ def _train(setting: Setting, plan: Plan) -> Params:
         for backdoor in plan.backdoors
     ]
 
+    centre = zoo.head(setting, plan.task).centre
+
     def seen(params: Params, images: Tensor) -> Tensor:
         found = embed(setting, params, images)
-        return F.normalize(found, dim=-1) if plan.normalised else found
+        return centre + F.normalize(found - centre, dim=-1) if plan.normalised else found
 
     loss = badmerging_loss(
         seen,
