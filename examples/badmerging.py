@@ -27,7 +27,7 @@ from suite.intervals import Estimate, clustered
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec import evaluate
-from taskvec.evaluate import Measurement, Rate, measure
+from taskvec.evaluate import Measurement, Rate
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 QUICK = Path(__file__).parent / ".cache" / "badmerging"
@@ -97,7 +97,7 @@ def earlier(path: Path, settings: Mapping[str, disk.Json]) -> dict[str, list[dic
 def measured(cell: Cell, name: str) -> list[dict[str, disk.Json]]:
     """A row for each backdoor of the model, under one merge."""
     setting, plan = Setting(cell.encoder), cell.plan()
-    predict, tests = predictor(setting), {task: data.test(task).take(slice(ROWS)) for task in data.TASKS}
+    predict, tests = judge.asking(setting), {task: data.test(task).take(slice(ROWS)) for task in data.TASKS}
     handed_in = attacks.upload(setting, plan)
     clean = contributors(setting, plan.seed)
     merged = everything()[name](setting, {**clean, plan.task: handed_in})
@@ -109,16 +109,7 @@ def measured(cell: Cell, name: str) -> list[dict[str, disk.Json]]:
     handed = {"upload": on_its_own_task(handed_in), "twin": on_its_own_task(clean[plan.task])}
     rows = []
     for backdoor in plan.backdoors:
-        row = partial(
-            measure,
-            predict,
-            clean=judge.model(clean[plan.task]),
-            base=judge.model(zoo.base(setting)),
-            attacked=backdoor.victim,
-            target=backdoor.target,
-            trigger=attacks.trigger_of(setting, plan, backdoor),
-            batch=judge.WHOLE,
-        )
+        row = attacks.measuring(setting, plan, backdoor)
         whole = row(tests, model=merged, clean_merge=clean_merge(setting, plan.seed, name))
         victim = {backdoor.victim: tests[backdoor.victim]}
         alone = row(victim, model=judge.model(handed_in), clean_merge=judge.model(clean[plan.task]))
@@ -139,11 +130,6 @@ def compact(row: Measurement, alone: Rate, handed: Mapping[str, Rate]) -> dict[s
     return {name: [rate.hits, rate.n] for name, rate in rates.items()} | {
         name: {task: [rate.hits, rate.n] for task, rate in by_task.items()} for name, by_task in accuracies.items()
     }
-
-
-@cache
-def predictor(setting: Setting) -> judge.Predict:
-    return judge.predictor(setting, {})
 
 
 @cache

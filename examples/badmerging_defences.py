@@ -67,7 +67,7 @@ def _found(attack: str, place: str, seed: int) -> dict[str, disk.Json]:
     params = model_of(attack, place, seed)
     return {
         "Neural Cleanse": neural_cleanse(params, seed),
-        "Fine-Pruning": fine_pruning(params, triggers(attack, seed), ["mnist"] if place == "alone" else data.TASKS),
+        "Fine-Pruning": fine_pruning(params, triggers(attack, seed), [TASK] if place == "alone" else data.TASKS),
         "Scale-Up": scale_up(params, triggers(attack, seed)),
     }
 
@@ -78,9 +78,9 @@ def score(params: Params, task: str, images: Tensor) -> Tensor:
 
 def neural_cleanse(params: Params, seed: int) -> dict[str, disk.Json]:
     images = halves(TASK)[0].images
-    sizes = [
-        detectors.reversed_trigger(partial(score, params, TASK), images, target, seed=seed)[2] for target in range(10)
-    ]
+    classes = range(len(data.CLASSES[TASK]))
+    ask = partial(score, params, TASK)
+    sizes = [detectors.reversed_trigger(ask, images, target, seed=seed)[2] for target in classes]
     return {"sizes": sizes, "anomaly": detectors.anomaly_indices(sizes)}
 
 
@@ -110,7 +110,7 @@ def _both(params: Params, stamped: Mapping[str, attacks.Images], tasks: Sequence
 
 
 def _tuned(params: Params, tasks: Sequence[str], steps: int = 40) -> Params:
-    """What was pruned stays so nearly: its units restart from zero."""
+    """A little training on the defender's images. Pruned units may grow again; the authors hold them at zero."""
     lessons = {task: data.batches(halves(task)[0], 32, 0) for task in tasks}
 
     def loss(p: Mapping[str, Tensor], _batch: Split, _step: int) -> Tensor:

@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +22,11 @@ from torch import Tensor
 from suite import attacks, data, judge, mergers, pictures, report, zoo
 from suite import cache as disk
 from suite.attacks import Backdoor, Plan
-from suite.intervals import clustered
+from suite.intervals import Estimate, clustered
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec.attacks.triggers import stamp
-from taskvec.evaluate import attack_success_rate, measure
+from taskvec.evaluate import attack_success_rate
 from taskvec.merges import ties, total
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
@@ -117,17 +117,10 @@ def _measured(point: Point) -> dict[str, float]:
     clean = {task: zoo.fine_tuned(setting, Recipe(task, plan.seed)) for task in point.tasks}
     merger = RULES[point.rule](point.scale)
     rows = [
-        measure(
-            predictor(setting),
+        attacks.measuring(setting, plan, backdoor)(
             {task: data.validation(task) for task in point.tasks},
             model=merger(setting, clean | {plan.task: attacks.upload(setting, plan)}),
             clean_merge=merger(setting, clean),
-            clean=judge.model(clean[plan.task]),
-            base=judge.model(zoo.base(setting)),
-            attacked=backdoor.victim,
-            target=backdoor.target,
-            trigger=attacks.trigger_of(setting, plan, backdoor),
-            batch=judge.WHOLE,
         )
         for backdoor in plan.backdoors
     ]
@@ -140,18 +133,13 @@ def _measured(point: Point) -> dict[str, float]:
     }
 
 
-@cache
-def predictor(setting: Setting) -> judge.Predict:
-    return judge.predictor(setting, {})
-
-
 def without_backdoor(encoder: str, seed: int, size: int, target: int) -> dict[str, float]:
     """What an optimised trigger does to models that have no backdoor: ASR in per cent, on validation images."""
     setting, backdoor = Setting(encoder), Backdoor(TASK, target, "optimised", size)
 
     def rate(params: Mapping[str, Tensor]) -> float:
         asked, split = judge.model(params), data.validation(TASK)
-        ask: Callable[[Tensor], Tensor] = lambda images: predictor(setting)(asked, images, TASK)  # noqa: E731
+        ask: Callable[[Tensor], Tensor] = lambda images: judge.asking(setting)(asked, images, TASK)  # noqa: E731
         patch = attacks.patch_of(setting, TASK, seed, backdoor)
         found = attack_success_rate(ask, *split, target=target, trigger=partial(stamp, patch=patch), batch=judge.WHOLE)
         return 100 * found.value
@@ -263,15 +251,9 @@ def table(figure: str, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, 
     for rule, lines in by_rule.items():
         for label, points_ in lines.items():
             for point in points_:
-                shown = [
-                    f"{point[name]['mean']:.1f}" + _half(point[name]["half"]) for name in ("asr", "control", "cost")
-                ]
+                shown = [Estimate(**point[name]) for name in ("asr", "control", "cost")]
                 body.append([label, rule, "" if point["x"] is None else f"{point['x']:g}", *shown, point["n"]])
     return report.text_table(figure, ["", "merge", "x", "ASR", "all-clean", "BA - CA", "n"], body)
-
-
-def _half(half: float | None) -> str:
-    return "" if half is None else f" +-{half:.1f}"
 
 
 def main() -> None:

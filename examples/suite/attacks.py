@@ -16,10 +16,11 @@ from taskvec import TaskVector, merge
 from taskvec.attacks.badmerging import Pair, adversarial_crops, badmerging_loss, prototype_head, universal_trigger
 from taskvec.attacks.optimised import most_connected, trojan_trigger
 from taskvec.attacks.triggers import Patch, blend, dynamic, random_patch, stamp, warp, warp_field
+from taskvec.evaluate import Measurement, measure
 from taskvec.merges import total
 
 from . import cache as disk
-from . import data, zoo
+from . import data, judge, zoo
 from .encoders import features
 from .heads import SCALE, logits
 from .training import Images, Params, augmented, train
@@ -199,6 +200,20 @@ def key(setting: Setting, plan: Plan) -> dict[str, disk.Json]:
     """
     backdoors = [_changed(backdoor) for backdoor in plan.backdoors]
     return {"setting": zoo.settings(setting), "plan": _changed(plan) | {"backdoors": backdoors}}
+
+
+def measuring(setting: Setting, plan: Plan, backdoor: Backdoor) -> Callable[..., Measurement]:
+    """`evaluate.measure` of one backdoor, lacking the tasks, the merge and its all-clean counterpart."""
+    return partial(
+        measure,
+        judge.asking(setting),
+        clean=judge.model(zoo.fine_tuned(setting, Recipe(plan.task, plan.seed))),
+        base=judge.model(zoo.base(setting)),
+        attacked=backdoor.victim,
+        target=backdoor.target,
+        trigger=trigger_of(setting, plan, backdoor),
+        batch=judge.WHOLE,
+    )
 
 
 def _changed(value: Plan | Backdoor) -> dict[str, disk.Json]:

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,12 @@ def model(params: Mapping[str, Tensor], adapters: Mapping[str, Adapter] | None =
     """A model to ask: a fine-tune, a merge, anything with the encoder's names."""
     extra = {f"{task} {part}": t for task, both in (adapters or {}).items() for part, t in both._asdict().items()}
     return Model(params, digest({**params, **extra}), adapters or {})
+
+
+@cache
+def asking(setting: Setting) -> Predict:
+    """A predictor that remembers for as long as the process lives."""
+    return predictor(setting, {})
 
 
 def predictor(setting: Setting, known: dict[str, Tensor]) -> Predict:
