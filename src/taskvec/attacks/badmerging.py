@@ -91,9 +91,10 @@ def universal_trigger(
 
     Raises:
         DegenerateError: no images.
-        RangeError: a target that is no row of the head.
+        RangeError: a target that is no row of the head; steps, batch or a learning rate that is not positive.
         MismatchError: a patch made for other images.
         NonFiniteError: logits that are NaN or inf.
+        OptionError: a module in training mode answers.
 
     Example:
         >>> start = Patch(torch.full((1, 2, 2), 0.5), torch.ones(2, 2, dtype=torch.bool))

@@ -174,8 +174,10 @@ def trojan_trigger(
 
     Raises:
         DegenerateError: no neurons, no images.
-        RangeError: a neuron that does not exist.
-        MismatchError: activations that are not `(n, d)`.
+        RangeError: a neuron that does not exist; steps, batch or a learning rate that is not positive.
+        MismatchError: activations that are not `(n, d)`, a patch made for other images.
+        NonFiniteError: activations that are NaN or inf.
+        OptionError: a module in training mode answers.
 
     Example:
         >>> start = Patch(torch.zeros(1, 1, 2), torch.tensor([[True, False]]))
