@@ -11,7 +11,7 @@ everything on validation images, of which one half of the rows is the defender's
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +59,14 @@ def triggers(attack: str, seed: int) -> dict[str, attacks.Images]:
 
 def found(attack: str, place: str, seed: int) -> dict[str, disk.Json]:
     """All figures of one model."""
-    about = {"setting": zoo.settings(SETTING), "attack": attack, "place": place, "seed": seed, "task": TASK}
+    about = {
+        "setting": zoo.settings(SETTING),
+        "attack": attack,
+        "place": place,
+        "seed": seed,
+        "task": TASK,
+        "target": TARGET,
+    }
     return disk.values("defences", about, partial(_found, attack, place, seed))
 
 
@@ -92,9 +99,10 @@ def fine_pruning(
     activations = detectors.mean_activations(module, params, LAYER, halves(TASK)[0].images)
     rows = []
     for fraction in FRACTIONS:
-        cut = detectors.pruned(params, UNITS, activations, fraction)
+        prune = partial(detectors.pruned, linear=UNITS, activations=activations, fraction=fraction)
+        tuned = _tuned(params, prune, tasks)
         rows.append(
-            {"fraction": fraction} | _both(cut, stamped, tasks) | {"tuned": _both(_tuned(cut, tasks), stamped, tasks)}
+            {"fraction": fraction} | _both(prune(params), stamped, tasks) | {"tuned": _both(tuned, stamped, tasks)}
         )
     return rows
 
@@ -109,16 +117,16 @@ def _both(params: Params, stamped: Mapping[str, attacks.Images], tasks: Sequence
     return {"accuracy": sum(rates) / len(rates), "asr": asr}
 
 
-def _tuned(params: Params, tasks: Sequence[str], steps: int = 40) -> Params:
-    """A little training on the defender's images. Pruned units may grow again; the authors hold them at zero."""
+def _tuned(params: Params, prune: Callable[[Params], Params], tasks: Sequence[str], steps: int = 40) -> Params:
+    """A little training of what is left, on the defender's images; what is pruned stays so, as in the paper."""
     lessons = {task: data.batches(halves(task)[0], 32, 0) for task in tasks}
 
     def loss(p: Mapping[str, Tensor], _batch: Split, _step: int) -> Tensor:
-        batches = {task: next(rows) for task, rows in lessons.items()}
-        return torch.stack([F.cross_entropy(score(p, t, b.images), b.labels) for t, b in batches.items()]).mean()
+        batches, left = {task: next(rows) for task, rows in lessons.items()}, prune(dict(p))
+        return torch.stack([F.cross_entropy(score(left, t, b.images), b.labels) for t, b in batches.items()]).mean()
 
     idle = data.batches(halves(TASK)[0], 1, 0)  # the loss draws its own
-    return train(params, loss, idle, lr=zoo.architecture(SETTING).lr, steps=steps, warmup=5)
+    return prune(train(params, loss, idle, lr=zoo.architecture(SETTING).lr, steps=steps, warmup=5))
 
 
 def scale_up(params: Params, stamped: Mapping[str, attacks.Images]) -> dict[str, disk.Json]:

@@ -10,9 +10,7 @@ from taskvec._errors import DegenerateError, MismatchError, RangeError
 from taskvec._lazy import Lazy
 from taskvec.attacks import amplify, sparse_backdoor
 from taskvec.attacks.triggers import Patch, blend, random_patch, solid_patch, stamp
-from taskvec.defenses import injection_subtraction, random_twin, shrink, shuffled_twin, strength, weight_average
 from taskvec.merges import mean
-from taskvec.similarity import cosine_matrix
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -206,72 +204,3 @@ def test_a_patch_for_other_images_is_refused():
         stamp(torch.rand(2, 1, 9, 9), solid_patch(3, (1, 8, 8)))
     with pytest.raises(MismatchError, match="mask"):
         stamp(torch.rand(2, 1, 8, 8), Patch(torch.rand(1, 8, 8), torch.ones(4, 4, dtype=torch.bool)))
-
-
-# defences
-
-
-def test_twins_have_the_norm_of_every_tensor_and_no_direction():
-    vector = bv(0)
-    for twin in (random_twin(vector, seed=1), shuffled_twin(vector, seed=1)):
-        assert type(twin) is BackdoorVector
-        assert all(torch.allclose(twin[n].norm(), vector[n].norm(), rtol=1e-4) for n in vector)
-        assert abs(float(twin.cosine(vector))) < 0.1
-    assert same(random_twin(vector, seed=1), random_twin(vector, seed=1))
-    assert not same(random_twin(vector, seed=1), random_twin(vector, seed=2))
-    shuffled = shuffled_twin(vector, seed=3)
-    assert torch.equal(shuffled["a"].flatten().sort().values, vector["a"].flatten().sort().values)
-    assert not torch.equal(shuffled["a"], vector["a"])
-    zero = random_twin(vector * 0, seed=1)
-    assert zero.norm() == 0
-
-
-def test_random_twins_are_nearly_normal():
-    x = random_twin(TaskVector({"w": torch.ones(200_000)}), seed=0)["w"].double()
-    assert abs(float(x.mean())) < 0.01
-    assert abs(float((x**4).mean() / (x**2).mean() ** 2) - 3) < 0.35  # kurtosis; 1.8 for uniform, 1 for signs
-    neighbours = torch.stack([x[:-1], x[1:]])
-    assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.01
-
-
-def test_the_named_defences_are_their_formulas():
-    model, base, probe = weights(0), weights(1), bv(2)
-    ibvs = injection_subtraction(model, probe, 0.3)
-    assert torch.allclose(ibvs["a"], model["a"] - 0.3 * probe["a"])
-    assert torch.allclose(shrink(model, base, 0.25)["a"], base["a"] + 0.75 * (model["a"] - base["a"]), atol=1e-6)
-    assert same(shrink(model, base, 0.0), model)
-    assert torch.allclose(weight_average([model, base])["a"], (model["a"] + base["a"]) / 2)
-    assert torch.allclose(weight_average([model, base], [3, 1])["a"], 0.75 * model["a"] + 0.25 * base["a"], atol=1e-6)
-    with pytest.raises(RangeError, match="shrink by"):
-        shrink(model, base, 1.5)
-
-
-def test_the_rule_takes_the_largest_strength_that_keeps_the_accuracy():
-    grid = {0.1: 0.80, 0.2: 0.75, 0.4: 0.79, 0.8: 0.5}
-    assert strength(grid, undefended=0.8) == 0.4
-    assert strength(grid, undefended=0.8, keep=0.9) == 0.4
-    assert strength(grid, undefended=0.8, keep=0.6) == 0.8
-    assert strength({0.5: 0.1}, undefended=0.8) == 0.0
-    for bad, error in (({}, DegenerateError), ({0.1: 80.0}, RangeError), ({-0.1: 0.8}, RangeError)):
-        with pytest.raises(error):
-            strength(bad, undefended=0.8)
-    with pytest.raises(RangeError, match="keep"):
-        strength(grid, undefended=0.8, keep=98)
-
-
-# similarity
-
-
-def test_cosine_matrix_is_that_of_the_pairs():
-    vectors = [bv(i, 1 + i) for i in range(4)]
-    table = cosine_matrix(vectors)
-    for i, left in enumerate(vectors):
-        for j, right in enumerate(vectors):
-            assert table[i, j] == pytest.approx(float(left.cosine(right)))
-    assert torch.equal(table, table.T)
-    with pytest.raises(DegenerateError, match="vector 1 is zero"):
-        cosine_matrix([bv(0), bv(1) * 0])
-    with pytest.raises(DegenerateError, match="no vectors"):
-        cosine_matrix([])
-    with pytest.raises(MismatchError, match="compare"):
-        cosine_matrix([bv(0), bv(1).select("a")])

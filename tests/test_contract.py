@@ -87,6 +87,9 @@ RULES = [
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3}, {ODD, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
     Row(merges.magmax, {}, {ODD, SCALE}),
+    Row(merges.consensus, {}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.consensus, {"agree": 0.6, "reduce": "sum"}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.consensus, {"agree": 0.6, "reduce": "largest"}, {ODD, SCALE}),
     Row(statistics.regmean, {}, {ODD, PERMUTATION, SCALE}),
     Row(sphere.slerp, {"t": 0.5}, {ODD, PERMUTATION, SCALE}, n=2),
     Row(sphere.slerp, {"t": 0.3}, {ODD, SCALE}, n=2),
@@ -191,6 +194,7 @@ EXEMPT: list[tuple[Row, Callable[..., None], list[Any]]] = [
     (Row(merges.dare, {"density": 0.5, "seed": 1}, set()), PERMUTATION, PAIR),
     (Row(merges.della, {"density": 0.5, "epsilon": 0.2, "seed": 0}, set()), PERMUTATION, PAIR),
     (Row(merges.magmax, {}, set()), PERMUTATION, OPPOSITE),
+    (Row(merges.consensus, {"agree": 0.5, "reduce": "largest"}, set()), PERMUTATION, [[1.0], [-1.0], [0.5]]),
     (Row(sphere.slerp, {"t": 0.3}, set()), PERMUTATION, PAIR),
 ]
 

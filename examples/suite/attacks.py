@@ -67,6 +67,7 @@ class Plan(NamedTuple):
         normalised: whether directions of features, as the head sees them, are interpolated in their place (ours).
         known: whether the attacker knows the others' models: he then interpolates from their merge, not from the base
             (our reading).
+        rows: the part of the training pool that he has.
     """
 
     task: str
@@ -79,6 +80,7 @@ class Plan(NamedTuple):
     keep: float = 0.0
     normalised: bool = False
     known: bool = False
+    rows: zoo.Rows = "all"
 
 
 def plain(task: str, target: int, seed: int, trigger: str = "random") -> Plan:
@@ -129,27 +131,28 @@ def trigger_of(setting: Setting, plan: Plan, backdoor: Backdoor) -> Images:
             ]
             return partial(dynamic, patches=patches, seed=plan.seed)
         case _:
-            return partial(stamp, patch=patch_of(setting, plan.task, plan.seed, backdoor))
+            return partial(stamp, patch=patch_of(setting, plan.task, plan.seed, backdoor, plan.rows))
 
 
 @cache
-def patch_of(setting: Setting, task: str, seed: int, backdoor: Backdoor) -> Patch:
+def patch_of(setting: Setting, task: str, seed: int, backdoor: Backdoor, rows: zoo.Rows = "all") -> Patch:
     """A random patch, or one that was optimised on the base model from there."""
     start = random_patch(backdoor.size, SHAPE, seed=seed, place=backdoor.place)
     if backdoor.trigger == "random":
         return start
-    make = partial(_optimised, setting, task, seed, backdoor, start)
+    make = partial(_optimised, setting, task, seed, backdoor, start, zoo.rows_of(task, rows))
     key = {"setting": zoo.settings(setting), "task": task, "seed": seed, "backdoor": _changed(backdoor)}
+    key |= {} if rows == "all" else {"rows": rows}
     return Patch(disk.tensors("trigger", key, lambda: {"pattern": make().pattern})["pattern"], start.mask)
 
 
-def _optimised(setting: Setting, task: str, seed: int, backdoor: Backdoor, start: Patch) -> Patch:
-    base, images = zoo.base(setting), data.pool(task).images
+def _optimised(setting: Setting, task: str, seed: int, backdoor: Backdoor, start: Patch, own: data.Split) -> Patch:
+    base, images = zoo.base(setting), own.images
     if backdoor.trigger == "trojan":
         neurons = most_connected(base["out.weight"], 4)
         aim = 10 * float(embed(setting, base, images[:256]).std())  # farther than any image reaches
         return trojan_trigger(partial(embed, setting, base), images, start, neurons=neurons, aim=aim, seed=seed)
-    target, head = _as_seen_by_the_attacker(setting, task, seed, backdoor)
+    target, head = _as_seen_by_the_attacker(setting, task, seed, backdoor, own)
 
     def score(x: Tensor) -> Tensor:
         return head(embed(setting, base, x))
@@ -167,7 +170,7 @@ def _references(backdoor: Backdoor, seed: int) -> Tensor:
 
 
 def _as_seen_by_the_attacker(
-    setting: Setting, task: str, seed: int, backdoor: Backdoor
+    setting: Setting, task: str, seed: int, backdoor: Backdoor, own: data.Split
 ) -> tuple[int, Callable[[Tensor], Tensor]]:
     """The target's row, and the head: his own, or off-task a shadow head of classes that he has images of.
 
@@ -176,10 +179,10 @@ def _as_seen_by_the_attacker(
     """
     if backdoor.victim == task:
         return backdoor.target, head_of(setting, task)
-    others = [data.few_shot(split, SHOTS, seed) for split in (data.pool(task), data.joined(data.PRETRAINING))]
+    others = [data.few_shot(split, SHOTS, seed) for split in (own, data.joined(data.PRETRAINING))]
     reference = _references(backdoor, seed)
-    own = int(others[0].labels.max()) + 1
-    labels = torch.cat([torch.zeros(len(reference)).long(), others[0].labels + 1, others[1].labels + 1 + own])
+    first = int(others[0].labels.max()) + 2  # behind the target and his own classes
+    labels = torch.cat([torch.zeros(len(reference)).long(), others[0].labels + 1, others[1].labels + first])
     with torch.no_grad():
         found = embed(setting, zoo.base(setting), torch.cat([reference, others[0].images, others[1].images]))
     return 0, prototype_head(found, labels, scale=SCALE)
@@ -207,7 +210,7 @@ def measuring(setting: Setting, plan: Plan, backdoor: Backdoor) -> Callable[...,
     return partial(
         measure,
         judge.asking(setting),
-        clean=judge.model(zoo.fine_tuned(setting, Recipe(plan.task, plan.seed))),
+        clean=judge.model(zoo.fine_tuned(setting, Recipe(plan.task, plan.seed, plan.rows))),
         base=judge.model(zoo.base(setting)),
         attacked=backdoor.victim,
         target=backdoor.target,
@@ -222,9 +225,12 @@ def _changed(value: Plan | Backdoor) -> dict[str, disk.Json]:
 
 
 def _train(setting: Setting, plan: Plan) -> Params:
-    base, study = zoo.base(setting), zoo.architecture(setting)
+    base, study, own = zoo.base(setting), zoo.architecture(setting), zoo.rows_of(plan.task, plan.rows)
     pairs = [
-        Pair(trigger_of(setting, plan, backdoor), *_as_seen_by_the_attacker(setting, plan.task, plan.seed, backdoor))
+        Pair(
+            trigger_of(setting, plan, backdoor),
+            *_as_seen_by_the_attacker(setting, plan.task, plan.seed, backdoor, own),
+        )
         for backdoor in plan.backdoors
     ]
 
@@ -247,7 +253,7 @@ def _train(setting: Setting, plan: Plan) -> Params:
         keep=plan.keep,
         public=partial(next, _public(plan.seed)) if plan.keep else None,
     )
-    batches = data.batches(data.pool(plan.task), 64, plan.seed)
+    batches = data.batches(own, 64, plan.seed)
     return train(base, lambda p, b, _: loss(p, b.images, b.labels), batches, lr=study.lr, steps=setting.steps)
 
 

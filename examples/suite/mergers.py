@@ -11,7 +11,7 @@ from taskvec.adaptive import adamerging, surgery
 from taskvec.merges import mean, ties, total
 from taskvec.statistics import linear_grams, regmean
 
-from . import data, zoo
+from . import cache, data, zoo
 from .attacks import embed, head_of
 from .judge import Model, model
 from .zoo import Setting
@@ -51,15 +51,18 @@ def by_regmean(setting: Setting, models: Contributors) -> Model:
 
 
 def by_adamerging(setting: Setting, models: Contributors) -> Model:
-    """Layer-wise coefficients by the entropy on unlabelled validation images."""
+    """Layer-wise coefficients by the entropy on unlabelled validation images; kept, since surgery starts from it."""
 
     def scores(params: Mapping[str, Tensor], images: Tensor, task: str) -> Tensor:
         return head_of(setting, task)(embed(setting, params, images))
 
-    loaders = {task: partial(_shuffled, task) for task in models}
-    return model(
-        adamerging(scores, zoo.base(setting), vectors(setting, models), loaders, steps=STEPS, lr=1e-2)[0],
-    )
+    def learn() -> dict[str, Tensor]:
+        loaders = {task: partial(_shuffled, task) for task in models}
+        return dict(adamerging(scores, zoo.base(setting), vectors(setting, models), loaders, steps=STEPS, lr=1e-2)[0])
+
+    contributors = {task: cache.digest(params) for task, params in models.items()}
+    key = {"setting": zoo.settings(setting), "contributors": contributors, "steps": STEPS}
+    return model(cache.tensors("adamerging", key, learn))
 
 
 def with_surgery(merger: Merger) -> Merger:

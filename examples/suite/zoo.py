@@ -26,6 +26,10 @@ SHAPE = (1, 28, 28)
 HALVES = 0  # seed of the split into the attacker's and the defender's half, the same for everybody
 
 
+Rows = Literal["all", "attacker", "defender"]
+"""The training pool, or one of its two halves."""
+
+
 class Setting(NamedTuple):
     """What all models of a study share."""
 
@@ -49,7 +53,7 @@ class Recipe(NamedTuple):
 
     task: str
     seed: int = 0  # of the order of the data
-    rows: Literal["all", "attacker", "defender"] = "all"  # the training pool, or one of its two halves
+    rows: Rows = "all"
     trigger: Trigger | None = None
     target: int | None = None
 
@@ -152,11 +156,11 @@ def _key(setting: Setting, recipe: Recipe) -> dict[str, disk.Json]:
     return settings(setting) | {"recipe": recipe._asdict() | {"trigger": trigger}}
 
 
-def _rows(recipe: Recipe) -> Split:
-    everything = pool(recipe.task)
-    if recipe.rows == "all":
-        return everything
-    return halves(everything, HALVES)[("attacker", "defender").index(recipe.rows)]
+def rows_of(task: str, rows: Rows) -> Split:
+    """A part of the task's training pool."""
+    if rows == "all":
+        return pool(task)
+    return halves(pool(task), HALVES)[("attacker", "defender").index(rows)]
 
 
 def _train(setting: Setting, recipe: Recipe) -> Params:
@@ -165,5 +169,5 @@ def _train(setting: Setting, recipe: Recipe) -> Params:
         loss = clean_loss(study.module, classes)
     else:
         loss = badnets_loss(study.module, classes, trigger=stamper(recipe.trigger), target=recipe.target)
-    data = batches(_rows(recipe), 64, recipe.seed)
+    data = batches(rows_of(recipe.task, recipe.rows), 64, recipe.seed)
     return train(base(setting), loss, data, lr=study.lr, steps=setting.steps)

@@ -14,7 +14,7 @@ from ._errors import DegenerateError, RangeError
 from ._random import fold
 from ._select import EVERYTHING, Count, Cut
 from .rules import Place, Scope, Total, over, runs
-from .signs import By, Zero, elect, elected, majority_of
+from .signs import By, Zero, consistent, elect, elected, majority_of
 from .sparsify import (
     Rescale,
     band,
@@ -27,7 +27,18 @@ from .sparsify import (
     topk_cut,
 )
 
-__all__ = ["breadcrumbs", "dare", "della", "disjoint_mean", "magmax", "mean", "ties", "total", "weighted"]
+__all__ = [
+    "breadcrumbs",
+    "consensus",
+    "dare",
+    "della",
+    "disjoint_mean",
+    "magmax",
+    "mean",
+    "ties",
+    "total",
+    "weighted",
+]
 
 Reduce: TypeAlias = Literal["mean", "sum", "weighted_mean"]
 """What is made of the vectors that agree: their sum over their number, their sum, or their weighted sum over the sum of
@@ -444,6 +455,37 @@ def magmax(stack: Tensor) -> Tensor:
     for x in stack[1:]:
         result = torch.where((x.abs() < result.abs()) | result.isnan(), result, x)  # a NaN stays, so that it shows
     return result
+
+
+@runs("element")
+def consensus(stack: Tensor, agree: float = 1.0, *, reduce: Literal["mean", "sum", "largest"] = "mean") -> Tensor:
+    """What is made of all vectors where enough of them agree in sign, and zero elsewhere.
+
+    `1[enough agree] * reduce_i x_i`. Unlike in `ties`, nothing is trimmed and dissenters take part where they are few.
+
+    Args:
+        stack: `(n, *shape)` of task vectors, any float dtype.
+        agree: the fraction of the vectors that must have the elected sign, in (0, 1]; 1 means unanimous.
+        reduce: `"mean"`, `"sum"`, or `"largest"`, the entry of largest magnitude.
+
+    Returns:
+        `(*shape)`, the dtype of the stack.
+
+    Raises:
+        RangeError: a fraction outside (0, 1], an unknown reduction.
+
+    Example:
+        >>> consensus(torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.5, 1.0]]))
+        tensor([2., 0., 0.])
+
+    Reference:
+        Kim et al., NegMerge, 2024, https://arxiv.org/abs/2410.05583 (unanimous, mean); Pawlak et al., Backdoor Vectors,
+        2025, https://arxiv.org/abs/2510.08016 (sign-consistent sparsification; our reading)
+    """
+    rules = {"mean": mean, "sum": total, "largest": magmax}
+    if reduce not in rules:
+        raise RangeError(f"reduce is 'mean', 'sum' or 'largest', not {reduce!r}")
+    return torch.where(consistent(stack, agree) > 0, rules[reduce](stack), stack.new_zeros(()))
 
 
 def check_weights(weights: Sequence[float], n: int) -> list[float]:

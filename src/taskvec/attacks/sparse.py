@@ -1,18 +1,12 @@
 """Several backdoors in one vector, and louder ones."""
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Literal, TypeAlias
-
-import torch
-from torch import Tensor
 
 from .._errors import DegenerateError, RangeError
 from ..backdoor import BackdoorVector
-from ..merges import magmax, mean, total
+from ..merges import consensus
 from ..merging import merge
-from ..rules import runs
-from ..signs import consistent
 from ..sparsify import topk
 from ..vector import TaskVector
 
@@ -55,6 +49,7 @@ def sparse_backdoor(
         RangeError: a fraction outside its range, an unknown reduction.
 
     Example:
+        >>> import torch
         >>> bvs = [BackdoorVector({"w": torch.tensor([3.0, 1.0])}), BackdoorVector({"w": torch.tensor([1.0, -1.0])})]
         >>> sparse_backdoor(bvs, match_norm=False)["w"]
         tensor([2., 0.])
@@ -65,7 +60,7 @@ def sparse_backdoor(
     given = list(vectors)
     if not given:
         raise DegenerateError("no backdoor vectors to merge")
-    merged = merge(given, partial(_agreeing, reduce=reduce), agree=agree)
+    merged = merge(given, consensus, agree=agree, reduce=reduce)
     if density < 1:
         merged = merged.map(topk, density=density)
     if match_norm:
@@ -76,14 +71,6 @@ def sparse_backdoor(
             )
         merged = merged * float(sum(vector.norm() for vector in given) / len(given) / norm)
     return BackdoorVector(merged)
-
-
-@runs("element")
-def _agreeing(stack: Tensor, *, agree: float, reduce: Reduce) -> Tensor:
-    rules = {"mean": mean, "sum": total, "largest": magmax}
-    if reduce not in rules:
-        raise RangeError(f"reduce is 'mean', 'sum' or 'largest', not {reduce!r}")
-    return torch.where(consistent(stack, agree) > 0, rules[reduce](stack), stack.new_zeros(()))
 
 
 def amplify(
@@ -113,6 +100,7 @@ def amplify(
         MismatchError: names, shapes or bases differ.
 
     Example:
+        >>> import torch
         >>> bv = BackdoorVector({"w": torch.tensor([1.0, 0.0])})
         >>> amplify(bv, 4.0)["w"]
         tensor([4., 0.])

@@ -1,6 +1,6 @@
-"""Defences that subtract a vector, and the twins that say whether the vector mattered."""
+"""Defences that subtract a vector from the merge, or add one, and the twins that say whether the vector mattered."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -9,10 +9,21 @@ from torch import Tensor
 from .._lazy import Lazy
 from .._random import fold, normal
 from ..backdoor import BackdoorVector
+from ..merges import consensus, weighted
+from ..merging import merge
 from ..rules import Place, Total, numbers_in, over, runs, sum64
+from ..similarity import coefficients
 from ..vector import Scale, TaskVector
 
-__all__ = ["injection_subtraction", "random_twin", "shuffled_twin"]
+__all__ = [
+    "consensus_subtraction",
+    "harden",
+    "injection_subtraction",
+    "negate",
+    "project_out",
+    "random_twin",
+    "shuffled_twin",
+]
 
 V = TypeVar("V", bound=TaskVector)
 
@@ -48,6 +59,145 @@ def injection_subtraction(
         Pawlak et al., Backdoor Vectors, 2025, https://arxiv.org/abs/2510.08016
     """
     return probe.remove(merged, scale)
+
+
+def consensus_subtraction(
+    merged: Mapping[str, Tensor], probes: Iterable[BackdoorVector], scale: Scale = 0.3, *, agree: float = 1.0
+) -> dict[str, Tensor] | Lazy:
+    """IBVS with several probes: subtract the mean of their entries where they agree in sign.
+
+    `merged - scale * 1[signs agree] * mean_k probe_k`. What one probe's trigger, class or twin alone put into it is to
+    drop out.
+
+    Given: several backdoor vectors of the defender's own, that differ in trigger, class or seed, each with its own
+    clean twin. Nothing of the attack. Cost: one subtraction.
+
+    Args:
+        merged: the merged model.
+        probes: the defender's backdoor vectors.
+        scale: the coefficient; the consensus of several vectors is shorter than one of them.
+        agree: the fraction of the probes that must have the same sign, in (0, 1].
+
+    Returns:
+        The model with the consensus subtracted.
+
+    Raises:
+        DegenerateError: no probes.
+        MismatchError: names, shapes or bases differ.
+
+    Example:
+        >>> probes = [BackdoorVector({"w": torch.tensor(p)}) for p in ([1.0, 1.0], [3.0, -1.0])]
+        >>> consensus_subtraction({"w": torch.tensor([1.0, 1.0])}, probes, scale=0.5)["w"]
+        tensor([0., 1.])
+
+    Reference:
+        Pawlak et al., Backdoor Vectors, 2025, https://arxiv.org/abs/2510.08016, for the subtraction; Kim et al.,
+        NegMerge, 2024, https://arxiv.org/abs/2410.05583, for the consensus. The combination is ours.
+    """
+    return BackdoorVector(merge(list(probes), consensus, agree=agree)).remove(merged, scale)
+
+
+def project_out(
+    merged: Mapping[str, Tensor], base: Mapping[str, Tensor], probes: Iterable[BackdoorVector], scale: float = 1.0
+) -> dict[str, Tensor] | Lazy:
+    """Take away what a merge has along known backdoors, and no more than it has.
+
+    `merged - scale * P (merged - base)`, with P the projection onto the span of the probes. Subtraction takes the same
+    amount whether or not it is there; at scale 1 this leaves a vector at right angles to every probe.
+
+    Given: the base, and one or several backdoor vectors of the defender's own. Nothing of the attack. Cost: the dot
+    products of all vectors, and one subtraction.
+
+    Args:
+        merged: the merged model.
+        base: the pre-trained model.
+        probes: the defender's backdoor vectors.
+        scale: 1 projects; more goes on to the other side.
+
+    Returns:
+        The model with the projection subtracted.
+
+    Raises:
+        DegenerateError: no probes, or a zero one.
+        MismatchError: names, shapes or bases differ.
+
+    Example:
+        >>> base, merged = {"w": torch.zeros(2)}, {"w": torch.tensor([3.0, 4.0])}
+        >>> project_out(merged, base, [BackdoorVector({"w": torch.tensor([2.0, 0.0])})])["w"]
+        tensor([0., 4.])
+    """
+    given = list(probes)
+    along = coefficients([TaskVector.between(base, merged)], given)[0]
+    return (-merge(given, weighted, weights=numbers_in(along))).apply(merged, scale)
+
+
+def harden(
+    merged: Mapping[str, Tensor], clean: Mapping[str, Tensor], robust: Mapping[str, Tensor], scale: Scale = 0.3
+) -> dict[str, Tensor] | Lazy:
+    """Add a robustness vector: what adversarial training changes in a model.
+
+    `merged + scale * (robust - clean)`. It can only lower what a trigger does as an adversarial patch, without any
+    backdoor: the inherent part.
+
+    Given: a clean and an adversarially trained fine-tune of one task and base: labelled data, and training by projected
+    gradient descent, which takes several times as long as an ordinary fine-tune. Nothing of the attack. Cost: one pass.
+
+    Args:
+        merged: the merged model.
+        clean: a fine-tune.
+        robust: its adversarially trained twin.
+        scale: the coefficient.
+
+    Returns:
+        The hardened model.
+
+    Raises:
+        MismatchError: names or shapes differ.
+
+    Example:
+        >>> merged, clean, robust = ({"w": torch.tensor([x])} for x in (1.0, 2.0, 4.0))
+        >>> harden(merged, clean, robust, scale=0.5)["w"]
+        tensor([2.])
+
+    Reference:
+        Rogozinski, robustness vectors for secure model merging, 2026,
+        https://github.com/karolrogozinski/robustness-vectors-for-secure-model-merging (code; second-hand)
+    """
+    return TaskVector.between(clean, robust).apply(merged, scale)
+
+
+def negate(
+    model: Mapping[str, Tensor], triggered: Mapping[str, Tensor], scale: Scale = 1.0
+) -> dict[str, Tensor] | Lazy:
+    """Negate a triggered fine-tune (TBAR): train the backdoor a little further, and go the other way.
+
+    `model - scale * (triggered - model)`.
+
+    An oracle: whoever makes the fine-tune must have the trigger. A bound for others, not a defence against the unknown.
+
+    Given: the same model after some steps on a few triggered images with the target's label. Cost: one pass.
+
+    Args:
+        model: the backdoored model, or the merge that holds it.
+        triggered: the same model, fine-tuned on triggered images.
+        scale: the coefficient.
+
+    Returns:
+        The model with the backdoor negated.
+
+    Raises:
+        AliasError: the two share storage.
+        MismatchError: names or shapes differ.
+
+    Example:
+        >>> negate({"w": torch.tensor([1.0])}, {"w": torch.tensor([1.5])})["w"]
+        tensor([0.5000])
+
+    Reference:
+        Backdoor Unlearning by Linear Task Decomposition, 2025, https://arxiv.org/abs/2510.14845 (read as an abstract
+        and its reviews)
+    """
+    return (-TaskVector.between(model, triggered)).apply(model, scale)
 
 
 def random_twin(vector: V, *, seed: int) -> V:

@@ -1,0 +1,288 @@
+"""Defences as vector algebra: each is its formula, refuses nonsense, and leaves its inputs alone."""
+
+import pytest
+import torch
+
+from taskvec import BackdoorVector, TaskVector, load, merge, save
+from taskvec._errors import DegenerateError, MismatchError, MissingError, RangeError
+from taskvec._lazy import Lazy
+from taskvec.defenses import (
+    clip_norms,
+    consensus_subtraction,
+    cosine_gate,
+    equalise_norms,
+    greedy_substitution,
+    harden,
+    injection_subtraction,
+    mix,
+    negate,
+    project_out,
+    prototype,
+    purify,
+    random_twin,
+    shrink,
+    shuffled_twin,
+    strength,
+    substitute,
+    switch,
+    weight_average,
+)
+from taskvec.merges import mean
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(50, 40, generator=g), "b": torch.randn(40, generator=g), "n": torch.tensor(1)}
+
+
+def bv(seed: int, size: float = 1.0) -> BackdoorVector:
+    return BackdoorVector({name: t * size for name, t in weights(seed).items() if t.is_floating_point()})
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+# twins
+
+
+def test_twins_have_the_norm_of_every_tensor_and_no_direction():
+    vector = bv(0)
+    for twin in (random_twin(vector, seed=1), shuffled_twin(vector, seed=1)):
+        assert type(twin) is BackdoorVector
+        assert all(torch.allclose(twin[n].norm(), vector[n].norm(), rtol=1e-4) for n in vector)
+        assert abs(float(twin.cosine(vector))) < 0.1
+    assert same(random_twin(vector, seed=1), random_twin(vector, seed=1))
+    assert not same(random_twin(vector, seed=1), random_twin(vector, seed=2))
+    shuffled = shuffled_twin(vector, seed=3)
+    assert torch.equal(shuffled["a"].flatten().sort().values, vector["a"].flatten().sort().values)
+    assert not torch.equal(shuffled["a"], vector["a"])
+    zero = random_twin(vector * 0, seed=1)
+    assert zero.norm() == 0
+
+
+def test_random_twins_are_nearly_normal():
+    x = random_twin(TaskVector({"w": torch.ones(200_000)}), seed=0)["w"].double()
+    assert abs(float(x.mean())) < 0.01
+    assert abs(float((x**4).mean() / (x**2).mean() ** 2) - 3) < 0.35  # kurtosis; 1.8 for uniform, 1 for signs
+    neighbours = torch.stack([x[:-1], x[1:]])
+    assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.01
+
+
+# subtraction and addition
+
+
+def test_the_named_defences_are_their_formulas():
+    model, base, probe = weights(0), weights(1), bv(2)
+    ibvs = injection_subtraction(model, probe, 0.3)
+    assert torch.allclose(ibvs["a"], model["a"] - 0.3 * probe["a"])
+    assert torch.allclose(shrink(model, base, 0.25)["a"], base["a"] + 0.75 * (model["a"] - base["a"]), atol=1e-6)
+    assert same(shrink(model, base, 0.0), model)
+    assert torch.allclose(weight_average([model, base])["a"], (model["a"] + base["a"]) / 2)
+    assert torch.allclose(weight_average([model, base], [3, 1])["a"], 0.75 * model["a"] + 0.25 * base["a"], atol=1e-6)
+    assert torch.allclose(negate(model, base, 0.5)["a"], model["a"] - 0.5 * (base["a"] - model["a"]), atol=1e-6)
+    hard = harden(model, base, weights(3), 0.5)
+    assert torch.allclose(hard["a"], model["a"] + 0.5 * (weights(3)["a"] - base["a"]), atol=1e-6)
+    with pytest.raises(RangeError, match="shrink by"):
+        shrink(model, base, 1.5)
+
+
+def test_a_consensus_is_subtracted_where_the_probes_agree():
+    model, probes = weights(0), [bv(seed) for seed in range(1, 4)]
+    stack = torch.stack([p["a"] for p in probes])
+    unanimous = stack.sign().sum(0).abs() == 3
+    found = consensus_subtraction(model, probes, 0.5)
+    assert torch.allclose(found["a"], model["a"] - 0.5 * torch.where(unanimous, stack.mean(0), 0.0), atol=1e-6)
+    assert same(consensus_subtraction(model, probes[:1], 0.5), injection_subtraction(model, probes[0], 0.5))
+    with pytest.raises(DegenerateError):
+        consensus_subtraction(model, [])
+
+
+def test_what_is_projected_out_is_gone_and_nothing_else():
+    base, probes = weights(1), [bv(seed, 1 + seed) for seed in range(2, 5)]
+    clean = TaskVector.between(base, weights(0))
+    merged = (clean + probes[0] - 2 * probes[2]).apply(base)
+    left = TaskVector.between(base, project_out(merged, base, probes))
+    assert all(abs(float(left.cosine(probe))) < 1e-6 for probe in probes)
+    assert left.allclose(TaskVector.between(base, project_out(clean.apply(base), base, probes)), atol=1e-5)
+    turned = TaskVector.between(base, project_out(probes[0].apply(base), base, probes, scale=2.0))
+    assert turned.allclose(-TaskVector(probes[0]), atol=1e-4)
+    assert project_out(merged, base, probes)["n"] == 1
+    with pytest.raises(DegenerateError, match="empty bank"):
+        project_out(merged, base, [])
+
+
+# mixing, clipping, gating
+
+
+def test_mixing_takes_each_weight_from_one_of_the_two():
+    model, base = weights(0), weights(1)
+    mixed = mix(model, base, 0.7, seed=3)
+    own = torch.isclose(mixed["a"], model["a"], atol=1e-6)
+    assert bool((own | (mixed["a"] == base["a"])).all())
+    assert float(own.float().mean()) == pytest.approx(0.7, abs=0.03)
+    assert torch.allclose(mix(model, base, 1.0, seed=3)["a"], model["a"], atol=1e-6)
+    assert same(mix(model, base, 0.0, seed=3), base)
+    assert not torch.equal(mix(model, base, 0.7, seed=4)["a"], mixed["a"])
+    with pytest.raises(RangeError):
+        mix(model, base, 70, seed=0)
+
+
+def test_norms_are_clipped_and_equalised():
+    vectors = [bv(seed, size) for seed, size in enumerate((1.0, 2.0, 5.0))]
+    norms = [float(v.norm()) for v in vectors]
+    clipped = clip_norms(vectors)
+    assert clipped[0] is vectors[0]
+    assert [float(v.norm()) for v in clipped] == pytest.approx([norms[0], norms[1], norms[1]])
+    assert float(clipped[2].cosine(vectors[2])) == pytest.approx(1)
+    assert isinstance(clipped[2], BackdoorVector)
+    assert [float(v.norm()) for v in clip_norms(vectors, 1.0)] == pytest.approx([1, 1, 1])
+    assert [float(v.norm()) for v in equalise_norms(vectors)] == pytest.approx([norms[1]] * 3)
+    assert [float(v.norm()) for v in equalise_norms(vectors, 2.0)] == pytest.approx([2, 2, 2])
+    for bad in (clip_norms, equalise_norms):
+        with pytest.raises(DegenerateError, match="no vectors"):
+            bad([])
+        with pytest.raises(RangeError, match="greater than 0"):
+            bad(vectors, -1.0)
+    with pytest.raises(DegenerateError, match="vector 1 is zero"):
+        equalise_norms([vectors[0], vectors[1] * 0])
+
+
+def test_the_gate_mixes_the_matrices_that_leave_the_column_space():
+    g = torch.Generator().manual_seed(0)
+    column, row = torch.randn(6, 1, generator=g), torch.randn(1, 5, generator=g)
+    safe = TaskVector({"w": column @ row, "v": column @ row, "b": torch.ones(6)})
+    apart = torch.randn(6, 5, generator=g)
+    apart -= column @ (column.T @ apart) / column.square().sum()
+    vector = TaskVector({"w": column @ torch.randn(1, 5, generator=g), "v": apart, "b": torch.zeros(6)})
+    found = cosine_gate(vector, safe)
+    assert torch.equal(found["w"], vector["w"])  # wholly inside
+    assert torch.allclose(found["v"], 0.8 * vector["v"] + 0.2 * safe["v"])
+    assert torch.equal(found["b"], vector["b"])
+    rho = float(((c := safe["v"] @ safe["v"].T) @ (w := vector["v"] + 0.5 * safe["v"])).flatten() @ w.flatten())
+    rho /= float((c @ w).norm() * w.norm())
+    between = TaskVector({"v": w})
+    for threshold, changed in ((rho - 0.01, False), (rho + 0.01, True)):
+        assert torch.equal(cosine_gate(between, safe.select("v"), threshold=threshold)["v"], w) is not changed
+    assert torch.allclose(cosine_gate(0 * vector, safe)["w"], 0.2 * safe["w"])
+    with pytest.raises(RangeError, match="cosine"):
+        cosine_gate(vector, safe, threshold=35)
+    with pytest.raises(RangeError, match="keep"):
+        cosine_gate(vector, safe, keep=80)
+
+
+# modules
+
+
+def parts(value: float) -> dict[str, torch.Tensor]:
+    names = [f"layer.{i}.{kind}.w" for i in range(2) for kind in ("attn", "mlp")]
+    return {name: torch.tensor([value]) for name in names}
+
+
+def test_modules_come_from_where_they_are_assigned():
+    models = [parts(float(i)) for i in range(3)]
+    found = switch(models, {"layer.1.attn.*": 2, "layer.1.*": 1, "*": 0})
+    assert [float(t) for t in found.values()] == [0, 0, 2, 1]
+    assert [float(t) for t in substitute(models[0], models[1], "*.attn.*").values()] == [1, 0, 1, 0]
+    with pytest.raises(MissingError, match=r"no model is named for 'layer.1"):
+        switch(models, {"layer.0.*": 0})
+    with pytest.raises(MissingError, match="matches nothing"):
+        substitute(models[0], models[1], "head.*")
+    with pytest.raises(RangeError, match="model 3"):
+        switch(models, {"*": 3})
+    with pytest.raises(RangeError, match="model -1"):
+        switch(models, {"*": -1})
+    with pytest.raises(MismatchError, match="only in model 1"):
+        switch([parts(0), {**parts(1), "head": torch.ones(1)}], {"*": 0})
+    with pytest.raises(DegenerateError, match="no models"):
+        switch([], {"*": 0})
+
+
+def test_switching_checkpoints_reads_nothing_until_asked(tmp_path):
+    for i in range(2):
+        save(parts(float(i)), tmp_path / f"{i}.safetensors")
+    found = switch([load(tmp_path / f"{i}.safetensors") for i in range(2)], {"layer.1.*": 1, "*": 0})
+    assert isinstance(found, Lazy)
+    assert [float(found[name]) for name in found] == [0, 0, 1, 1]
+
+
+def test_the_greedy_search_gives_back_what_scores_best():
+    model, proxy = parts(1.0), parts(0.0)
+    worth = dict(zip(model, (3.0, -5.0, 1.0, 1.0), strict=True))
+    asked = []
+
+    def score(candidate):
+        asked.append(candidate)
+        return sum(float(candidate[name]) * worth[name] for name in worth)
+
+    groups = {"attn": ["*.attn.*"], "mlp": ["*.mlp.*"], "0": ["layer.0.*"], "1": ["layer.1.*"]}
+    found = greedy_substitution(model, proxy, groups, score)
+    assert found.kept == ("attn", "1")  # attention is worth 4, the last MLP one more; the first MLP costs 5
+    assert found.score == 5
+    assert [float(found.model[name]) for name in model] == [1, 0, 1, 1]
+    assert len(asked) == 1 + 4 + 3 + 2 + 1
+    del asked[:]
+    assert greedy_substitution(model, proxy, groups, score, patience=1).score == 5
+    assert len(asked) == 1 + 4 + 3 + 2  # it stops after the first round without a better score
+    nothing = greedy_substitution(model, proxy, groups, lambda m: -sum(float(t) for t in m.values()))
+    assert (nothing.kept, nothing.score) == ((), 0)
+    with pytest.raises(DegenerateError, match="no groups"):
+        greedy_substitution(model, proxy, {}, score)
+    with pytest.raises(RangeError, match="patience"):
+        greedy_substitution(model, proxy, groups, score, patience=0)
+    with pytest.raises(MissingError, match="matches nothing"):
+        greedy_substitution(model, proxy, {"head": ["head.*"]}, score)
+
+
+# prototypes
+
+
+def test_the_prototype_is_the_candidate_most_like_the_vector():
+    pool = [bv(seed) for seed in range(3)]
+    assert prototype(2 * TaskVector(pool[1]), pool) is pool[1]
+    between = prototype(TaskVector(pool[0] + pool[1] + pool[2]), pool)
+    assert between.allclose(merge(pool, mean))
+    assert prototype(bv(7), pool[:1]) is pool[0]
+    with pytest.raises(DegenerateError, match="empty pool"):
+        prototype(bv(0), [])
+
+
+def test_purification_removes_the_directions_of_the_prototype_only():
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(6, 6, generator=g)).Q for _ in range(2))
+    sizes = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.5])
+    base = {"w": torch.zeros(6, 6), "b": torch.zeros(6)}
+    suspect = {"w": (u * sizes) @ v.T, "b": torch.ones(6)}
+    pool = [BackdoorVector({"w": (u[:, [1, 3]] * torch.tensor([3.0, 1.0])) @ v[:, [1, 3]].T, "b": torch.ones(6)})]
+
+    def left(**how):
+        return (u.T @ purify(suspect, base, pool, **how)["w"] @ v).diagonal()
+
+    assert torch.allclose(left(), sizes * torch.tensor([1, 0, 1, 1, 1, 1.0]), atol=1e-5)
+    assert torch.allclose(left(energy=0.95), sizes * torch.tensor([1, 0, 1, 0, 1, 1.0]), atol=1e-5)
+    assert torch.allclose(left(strength=0.5), sizes * torch.tensor([1, 0.5, 1, 1, 1, 1]), atol=1e-5)
+    assert torch.allclose(left(alignment=0.99), sizes, atol=1e-5)  # no matrix is that much like it
+    assert torch.equal(purify(suspect, base, pool)["b"], suspect["b"])
+    for bad in ({"strength": -1.0}, {"energy": 0.0}, {"alignment": 2.0}):
+        with pytest.raises(RangeError):
+            purify(suspect, base, pool, **bad)
+    with pytest.raises(DegenerateError, match="empty pool"):
+        purify(suspect, base, [])
+    with pytest.raises(DegenerateError, match="zero"):
+        purify({n: t.clone() for n, t in base.items()}, base, pool)
+
+
+# the strength
+
+
+def test_the_rule_takes_the_largest_strength_that_keeps_the_accuracy():
+    grid = {0.1: 0.80, 0.2: 0.75, 0.4: 0.79, 0.8: 0.5}
+    assert strength(grid, undefended=0.8) == 0.4
+    assert strength(grid, undefended=0.8, keep=0.9) == 0.4
+    assert strength(grid, undefended=0.8, keep=0.6) == 0.8
+    assert strength({0.5: 0.1}, undefended=0.8) == 0.0
+    for bad, error in (({}, DegenerateError), ({0.1: 80.0}, RangeError), ({-0.1: 0.8}, RangeError)):
+        with pytest.raises(error):
+            strength(bad, undefended=0.8)
+    with pytest.raises(RangeError, match="keep"):
+        strength(grid, undefended=0.8, keep=98)
