@@ -23,11 +23,11 @@ import torch
 from suite import attacks, data, judge, mergers, report, zoo
 from suite import cache as disk
 from suite.attacks import Plan
-from suite.intervals import Estimate, clustered
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec import evaluate
 from taskvec.evaluate import Measurement, Rate
+from taskvec.intervals import Estimate, clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 QUICK = Path(__file__).parent / ".cache" / "badmerging"
@@ -249,7 +249,7 @@ def table(title: str, rows: Rows) -> str:
 
 
 def text(value: Estimate | float | str) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return value if isinstance(value, str) else f"{value:.1f}"
 
 
 def interpolation_gain(rows: Rows, task: str) -> str:

@@ -22,11 +22,11 @@ from torch import Tensor
 from suite import attacks, data, detectors, mergers, report, zoo
 from suite import cache as disk
 from suite.data import Split
-from suite.intervals import clustered
 from suite.progress import progress
 from suite.training import Params, train
 from suite.zoo import Recipe, Setting
 from taskvec.evaluate import accuracy, attack_success_rate
+from taskvec.intervals import clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 SETTING, TASK, TARGET, SEEDS = Setting("vits"), "mnist", 1, (0, 1, 2)

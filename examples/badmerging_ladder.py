@@ -22,11 +22,11 @@ from torch import Tensor
 from suite import attacks, data, judge, mergers, pictures, report, zoo
 from suite import cache as disk
 from suite.attacks import Backdoor, Plan
-from suite.intervals import Estimate, clustered
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec.attacks.triggers import stamp
 from taskvec.evaluate import attack_success_rate
+from taskvec.intervals import Estimate, clustered
 from taskvec.merges import ties, total
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"

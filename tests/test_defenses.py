@@ -1,5 +1,7 @@
 """Defences as vector algebra: each is its formula, refuses nonsense, and leaves its inputs alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,10 +9,13 @@ from taskvec import BackdoorVector, TaskVector, load, merge, save
 from taskvec._errors import DegenerateError, MismatchError, MissingError, RangeError
 from taskvec._lazy import Lazy
 from taskvec.defenses import (
+    bank_scores,
     clip_norms,
     consensus_subtraction,
     cosine_gate,
+    disarm,
     equalise_norms,
+    flagged,
     greedy_substitution,
     harden,
     injection_subtraction,
@@ -20,6 +25,7 @@ from taskvec.defenses import (
     prototype,
     purify,
     random_twin,
+    screen,
     shrink,
     shuffled_twin,
     strength,
@@ -286,3 +292,97 @@ def test_the_rule_takes_the_largest_strength_that_keeps_the_accuracy():
             strength(bad, undefended=0.8)
     with pytest.raises(RangeError, match="keep"):
         strength(grid, undefended=0.8, keep=98)
+
+
+# the bank
+
+
+def bank_of(classes: int, each: int = 2) -> dict[int, list[BackdoorVector]]:
+    return {c: [bv(100 + 10 * c + i, 0.5 + i) for i in range(each)] for c in range(classes)}
+
+
+def test_the_bank_finds_contributor_and_class_for_a_trigger_it_does_not_hold():
+    bank = bank_of(8)
+    clean = [TaskVector(bv(seed)) for seed in range(4)]
+    like = 0.4 * bank[5][0] + 0.2 * bank[5][1] + 0.5 * bv(999)  # partly along two probes, partly its own
+    vectors = [*clean[:2], clean[2] + like, clean[3]]
+    scores = bank_scores(vectors, bank)
+    assert scores[2][5] == pytest.approx(0.6, abs=0.1)
+    assert flagged(scores)[0] == (2, 5)
+    assert flagged(bank_scores(clean, bank)) == []
+    assert flagged(scores, threshold=1e6) == []
+
+
+def test_scores_are_flagged_highest_first_and_only_high_ones():
+    noise = [{c: 0.01 * ((3 * c + i) % 5 - 2) for c in range(10)} for i in range(3)]
+    noise[0] |= {1: 0.3, 2: -0.9}
+    noise[2] |= {7: 0.8}
+    assert flagged(noise) == [(2, 7), (0, 1)]
+    with pytest.raises(RangeError, match="deviations"):
+        flagged(noise, threshold=0)
+    for nothing in ([], [{0: 1.0}], [dict.fromkeys(range(9), 0.0)]):
+        with pytest.raises(DegenerateError, match="stand out"):
+            flagged(nothing)
+
+
+def test_disarming_takes_what_agrees_and_never_more_than_there_is():
+    vector, probes = TaskVector(bv(0)) + 0.5 * bv(1), [bv(1), bv(2)]
+    matrix = torch.stack([torch.cat([p["a"].flatten(), p["b"]]).double() for p in probes], 1)
+    flat = torch.cat([vector["a"].flatten(), vector["b"]]).double()
+    image = (matrix @ torch.linalg.lstsq(matrix, flat).solution)[:2000].reshape(50, 40).float()
+    found = disarm(vector, probes, strength=3.0)["a"]
+    agrees = vector["a"] * image > 0
+    assert torch.equal(found[~agrees], vector["a"][~agrees])
+    assert bool((found * vector["a"] >= 0).all())
+    short = agrees & (3 * image.abs() < vector["a"].abs())
+    assert torch.allclose(found[short], (vector["a"] - 3 * image)[short], atol=1e-5)
+    assert not bool(found[agrees & (3 * image.abs() > vector["a"].abs() * 1.0001)].any())
+    everything = disarm(vector, probes, strength=math.inf)["a"]
+    assert torch.equal(everything, torch.where(agrees, 0.0, vector["a"]))
+    assert torch.equal(disarm(vector, probes, strength=0.0)["a"], vector["a"])
+
+
+def test_banks_without_use_are_refused():
+    with pytest.raises(DegenerateError, match="no probes for 1"):
+        bank_scores([bv(0)], {0: [bv(1)], 1: []})
+    with pytest.raises(DegenerateError, match="empty bank"):
+        bank_scores([bv(0)], {})
+    with pytest.raises(DegenerateError, match="is zero"):
+        disarm(bv(0), [bv(1) * 0])
+    with pytest.raises(RangeError, match="strength"):
+        disarm(bv(0), [bv(1)], strength=-1)
+    with pytest.raises(MismatchError):
+        disarm(bv(0), [bv(1).select("a")])
+
+
+# screening
+
+
+def test_screening_compares_each_with_the_others():
+    vectors = [TaskVector({"w": bv(seed, size)["a"]}) for seed, size in enumerate((1.0, 1.0, 1.0, 3.0))]
+    spike = torch.outer(bv(7)["a"][:, 0], bv(8)["a"][0])
+    vectors[3] = vectors[3] + TaskVector({"w": 5 * spike})
+    found = screen(vectors)
+    norms = [float(v.norm()) for v in vectors]
+    assert found[3].norm == pytest.approx(norms[3] / sorted(norms[:3])[1])
+    assert found[0].cosine == pytest.approx(sum(float(vectors[0].cosine(v)) for v in vectors[1:]) / 3)
+    agree = [float((vectors[0]["w"].sign() == v["w"].sign()).double().mean()) for v in vectors[1:]]
+    assert found[0].signs == pytest.approx(sum(agree) / 3)
+    squares = torch.linalg.svdvals(vectors[3]["w"].double()).square()
+    shares = squares / squares.sum()
+    assert found[3].leading == pytest.approx(float(shares[0]))
+    assert found[3].entropy == pytest.approx(float(-(shares * shares.log()).sum()) / math.log(40))
+    assert found[3].leading > 0.5 > found[0].leading
+    assert found[3].kurtosis > found[0].kurtosis == pytest.approx(3, abs=0.3)
+    assert found[0].spread == 0  # one matrix
+
+
+def test_screening_needs_others_and_matrices():
+    with pytest.raises(DegenerateError, match="1 in all"):
+        screen([bv(0)])
+    with pytest.raises(DegenerateError, match="no matrix"):
+        screen([bv(0).select("b"), bv(1).select("b")])
+    with pytest.raises(DegenerateError, match="vector 1 is zero"):
+        screen([bv(0), bv(1) * 0])
+    with pytest.raises(MismatchError):
+        screen([bv(0), bv(1).select("a")])

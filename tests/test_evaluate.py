@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from taskvec import BackdoorVector
 from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
-from taskvec.evaluate import Rate, accuracy, attack_success_rate, measure, recalibrate, sweep
+from taskvec.evaluate import Rate, accuracy, attack_success_rate, measure, recalibrate, roc, sweep, transfer_matrix
+from taskvec.intervals import Estimate, clustered, estimate
 
 EYE, LABELS = torch.eye(4), torch.arange(4)
 
@@ -104,6 +106,53 @@ def test_sweep_keeps_the_order_and_every_model_is_made_when_it_is_scored():
 
     found = sweep([1.0, 0.0], model_at, lambda model: (model, len(made)))
     assert list(found.items()) == [(1.0, (1.0, 1)), (0.0, (0.0, 2))]
+
+
+def test_transfer_puts_every_vector_into_every_triggers_own_clean_model():
+    vectors = [BackdoorVector({"w": torch.tensor([x])}) for x in (1.0, 10.0)]
+    clean = [{"w": torch.tensor([x])} for x in (0.0, 0.25, 0.5)]
+    rates = [lambda model, k=k: k + float(model["w"]) for k in range(3)]
+    found = transfer_matrix(vectors, clean, rates, 0.5)
+    assert found.tolist() == [[0.5, 1.75, 3.0], [5.0, 6.25, 7.5]]
+    assert clean[0]["w"] == 0
+    with pytest.raises(MismatchError, match="2 clean models for 3 triggers"):
+        transfer_matrix(vectors, clean[:2], rates)
+    with pytest.raises(DegenerateError, match="nothing to transfer"):
+        transfer_matrix([], clean, rates)
+
+
+def test_targets_of_a_seed_are_one_observation():
+    values = {(0, 1): 1.0, (0, 4): 3.0, (1, 1): 4.0, (1, 4): 4.0, (2, 1): 6.0, (2, 4): 6.0}
+    found = clustered(values)
+    assert found.mean == 4.0
+    assert found.half == pytest.approx(4.303 * 2.0 / 3**0.5)  # seeds' means are 2, 4 and 6
+    assert clustered({(3, 1): 1.0, (3, 4): 2.0}) == Estimate(1.5, None)
+    assert f"{found:.1f}" == "4.0 +-5.0"
+    assert str(Estimate(1.5, None)) == "1.5"
+    with pytest.raises(DegenerateError, match="no values"):
+        estimate([])
+
+
+def test_t_quantiles_beyond_the_table_are_those_of_the_textbook():
+    for n, quantile in ((10, 2.262), (11, 2.228), (21, 2.086), (61, 2.000)):
+        found = estimate([0.0, 1.0] * (n // 2) + [0.5] * (n % 2))
+        spread = sum((x - 0.5) ** 2 for x in [0.0, 1.0] * (n // 2)) / (n - 1)
+        assert found.half == pytest.approx(quantile * (spread / n) ** 0.5, rel=1e-3)
+
+
+def test_roc_counts_pairs_and_allows_no_more_negatives_than_it_says():
+    positives, negatives = [3.0, 1.0, 2.0, 2.0], [float(x) / 10 for x in range(19)] + [2.0]
+    found = roc(positives, negatives)
+    pairs = [(p > n) + 0.5 * (p == n) for p in positives for n in negatives]
+    assert found.area == pytest.approx(sum(pairs) / len(pairs))
+    assert found.found == 0.75  # one of 20 negatives may lie above the limit, which is then 1.8
+    assert roc(positives, negatives, false_positives=0.0).found == 0.25  # above them all
+    assert roc([1.0], [1.0]).area == 0.5
+    assert roc([1.0], [2.0]).area == 0
+    with pytest.raises(DegenerateError, match="0 positives"):
+        roc([], negatives)
+    with pytest.raises(RangeError, match="share"):
+        roc(positives, negatives, false_positives=5)
 
 
 def test_recalibrate_measures_the_statistics_and_leaves_the_rest():

@@ -1,4 +1,4 @@
-"""What the examples compute with: intervals, the older defences, cells that are resumed."""
+"""What the examples compute with: the older defences, cells that are resumed."""
 
 import json
 import sys
@@ -11,22 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import badmerging
 from suite import attacks, cache, data, detectors, judge, mergers, zoo
-from suite.intervals import Estimate, clustered
 
 sys.path.pop(0)
-
-# intervals
-
-
-def test_targets_of_a_seed_are_one_observation():
-    values = {(0, 1): 1.0, (0, 4): 3.0, (1, 1): 4.0, (1, 4): 4.0, (2, 1): 6.0, (2, 4): 6.0}
-    found = clustered(values)
-    assert found.mean == 4.0
-    assert found.half == pytest.approx(4.303 * 2.0 / 3**0.5)  # seeds' means are 2, 4 and 6
-    assert clustered({(3, 1): 1.0, (3, 4): 2.0}) == Estimate(1.5, None)
-    assert str(found) == "4.0 +-5.0"
-    assert str(Estimate(1.5, None)) == "1.5"
-
 
 # the older defences
 
@@ -198,7 +184,7 @@ def test_an_off_task_attacker_has_ten_train_images_and_a_shadow_head_of_69_rows(
     assert len(reference) == 10
     of_the_class = pool.images[pool.labels == 1].flatten(1)
     assert all(bool((of_the_class == image.flatten()).all(1).any()) for image in reference)
-    target, head = attacks._as_seen_by_the_attacker(setting, "mnist", 0, backdoor)
+    target, head = attacks._as_seen_by_the_attacker(setting, "mnist", 0, backdoor, data.pool("mnist"))
     assert target == 0
     assert head(torch.randn(3, 128)).shape == (3, 69)
 

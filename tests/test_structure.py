@@ -28,7 +28,7 @@ ORDER = [
     *("_model", "_arithmetic", "_display", "vector", "backdoor", "merging"),
     *("similarity", "modulate"),
     *("_format", "checkpoint", "adapters", "writer"),
-    *("statistics", "adaptive", "evaluate", "presets"),
+    *("statistics", "adaptive", "intervals", "evaluate", "presets"),
     *("attacks", "defenses"),
     *("plot", "testing", "__main__", "__init__"),
 ]

@@ -9,13 +9,14 @@ import torch
 
 import taskvec
 from taskvec.evaluate import Measurement, Rate
+from taskvec.intervals import Estimate
 
 from .cache import Json, write
 
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A titled table in columns: the first to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[f"{cell:.1f}" if isinstance(cell, Estimate) else str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     text = [column_is_text(cells[1:], i) for i in range(len(header))]
     lines = [

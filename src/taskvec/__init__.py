@@ -11,6 +11,7 @@ merge(vectors, ties, density=0.2).apply(base)
 from . import attacks as attacks
 from . import defenses as defenses
 from . import evaluate as evaluate
+from . import intervals as intervals
 from . import merges as merges
 from . import presets as presets
 from . import rules as rules

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 from ._errors import DegenerateError, MismatchError, NonFiniteError, RangeError
 from ._modes import evaluating
+from .backdoor import BackdoorVector
 
-__all__ = ["Measurement", "Rate", "accuracy", "attack_success_rate", "measure", "recalibrate", "sweep"]
+__all__ = [
+    "Measurement",
+    "Rate",
+    "Roc",
+    "accuracy",
+    "attack_success_rate",
+    "measure",
+    "recalibrate",
+    "roc",
+    "sweep",
+    "transfer_matrix",
+]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -269,6 +281,84 @@ def sweep(
     if not found:
         raise DegenerateError("no scales to sweep over")
     return found
+
+
+def transfer_matrix(
+    vectors: Sequence[BackdoorVector],
+    clean: Sequence[Mapping[str, Tensor]],
+    rates: Sequence[Callable[[Mapping[str, Tensor]], float]],
+    scale: float = 1.0,
+) -> Tensor:
+    """What each backdoor vector does for each trigger: `rates[j](clean[j] + scale * vectors[i])`.
+
+    Args:
+        vectors: n backdoor vectors.
+        clean: m clean models, one for each trigger: of the trigger's task, and not a twin of any of the vectors.
+        rates: m functions, a model's attack success rate on one trigger, such as
+            `lambda model: attack_success_rate(partial(predict, model), images, labels, target=1, trigger=w).value`.
+        scale: the coefficient of the vectors.
+
+    Returns:
+        `(n, m)` float64: row i is vector i, column j trigger j.
+
+    Raises:
+        DegenerateError: no vectors, or no triggers.
+        MismatchError: not one clean model a trigger, or other names or shapes.
+
+    Example:
+        >>> vectors = [BackdoorVector({"w": torch.tensor(x)}) for x in ([1.0, 0.0], [0.0, 1.0])]
+        >>> model = {"w": torch.zeros(2)}
+        >>> transfer_matrix(vectors, [model, model], [lambda m: float(m["w"][0]), lambda m: float(m["w"][1])], 0.5)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]], dtype=torch.float64)
+    """
+    if not vectors or not rates:
+        raise DegenerateError(f"{len(vectors)} vectors on {len(rates)} triggers: there is nothing to transfer")
+    if len(clean) != len(rates):
+        raise MismatchError(f"{len(clean)} clean models for {len(rates)} triggers; give one for each")
+    rows = [[rate(vector.inject(model, scale)) for model, rate in zip(clean, rates, strict=True)] for vector in vectors]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Roc:
+    """How well a number tells positives from negatives.
+
+    Attributes:
+        area: under the ROC: the chance that a positive's number is above a negative's, ties counting half.
+        found: the share of positives above all but the allowed share of negatives.
+    """
+
+    area: float
+    found: float
+
+
+def roc(positives: Sequence[float], negatives: Sequence[float], *, false_positives: float = 0.05) -> Roc:
+    """How well a number tells two kinds apart, high for positives: area under the ROC, and one point of it.
+
+    Args:
+        positives: the number for each backdoored model.
+        negatives: for each clean one.
+        false_positives: the share of negatives that may be taken for positives, in [0, 1).
+
+    Returns:
+        A `Roc`.
+
+    Raises:
+        DegenerateError: none of either.
+        RangeError: a share outside [0, 1).
+
+    Example:
+        >>> roc([0.9, 0.4, 0.8], [0.1, 0.2, 0.3, 0.5])
+        Roc(area=0.9166666666666666, found=0.6666666666666666)
+    """
+    if not positives or not negatives:
+        raise DegenerateError(f"{len(positives)} positives against {len(negatives)} negatives")
+    if not 0 <= false_positives < 1:
+        raise RangeError(f"false_positives is a share in [0, 1), not {false_positives!r}")
+    above = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
+    limit = sorted(negatives, reverse=True)[int(false_positives * len(negatives))]  # so many may lie above it
+    return Roc(_mean(above), _mean([float(p > limit) for p in positives]))
 
 
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

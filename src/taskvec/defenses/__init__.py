@@ -1,5 +1,8 @@
 """Defences against backdoors in merged models, and the controls to hold them against."""
 
+from .bank import bank_scores as bank_scores
+from .bank import disarm as disarm
+from .bank import flagged as flagged
 from .combine import mix as mix
 from .combine import shrink as shrink
 from .combine import weight_average as weight_average
@@ -11,6 +14,8 @@ from .modules import substitute as substitute
 from .modules import switch as switch
 from .prototypes import prototype as prototype
 from .prototypes import purify as purify
+from .screening import Screening as Screening
+from .screening import screen as screen
 from .selection import strength as strength
 from .subtract import consensus_subtraction as consensus_subtraction
 from .subtract import harden as harden
