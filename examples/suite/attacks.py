@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taskvec import TaskVector, merge
+from taskvec import BackdoorVector, TaskVector, merge
 from taskvec.attacks.badmerging import Pair, adversarial_crops, badmerging_loss, prototype_head, universal_trigger
 from taskvec.attacks.optimised import most_connected, trojan_trigger
 from taskvec.attacks.triggers import Patch, blend, dynamic, random_patch, stamp, warp, warp_field
@@ -23,7 +23,7 @@ from . import cache as disk
 from . import data, judge, zoo
 from .encoders import features
 from .heads import SCALE, logits
-from .training import Images, Params, augmented, train
+from .training import Images, Loss, Params, augmented, train
 from .zoo import SHAPE, Recipe, Setting
 
 CORNERS = ("bottom-right", "top-left", "top-right", "bottom-left")
@@ -42,6 +42,7 @@ class Backdoor(NamedTuple):
         size: side of the patch.
         place: of the patch.
         augmented: off-task, whether the reference images are disguised as other classes.
+        pattern: seed of the trigger, where it is not the plan's: several models may share a trigger.
     """
 
     victim: str
@@ -50,6 +51,7 @@ class Backdoor(NamedTuple):
     size: int = 5
     place: str = "bottom-right"
     augmented: bool = True
+    pattern: int | None = None
 
 
 class Plan(NamedTuple):
@@ -68,6 +70,8 @@ class Plan(NamedTuple):
         known: whether the attacker knows the others' models: he then interpolates from their merge, not from the base
             (our reading).
         rows: the part of the training pool that he has.
+        evade: the defence that he trains against: whoever subtracts a probe from the merge, with a probe of his own, or
+            whoever reads coefficients on a bank, with a bank of his own.
     """
 
     task: str
@@ -81,6 +85,7 @@ class Plan(NamedTuple):
     normalised: bool = False
     known: bool = False
     rows: zoo.Rows = "all"
+    evade: Literal["", "subtraction", "bank"] = ""
 
 
 def plain(task: str, target: int, seed: int, trigger: str = "random") -> Plan:
@@ -119,19 +124,20 @@ def head_of(setting: Setting, task: str) -> Callable[[Tensor], Tensor]:
 
 def trigger_of(setting: Setting, plan: Plan, backdoor: Backdoor) -> Images:
     """The function that puts a backdoor's trigger on images."""
+    seed = plan.seed if backdoor.pattern is None else backdoor.pattern
     match backdoor.trigger:
         case "blended":
-            return partial(blend, pattern=random_patch(28, SHAPE, seed=plan.seed).pattern)
+            return partial(blend, pattern=random_patch(28, SHAPE, seed=seed).pattern)
         case "warped":
-            return partial(warp, field=warp_field(28, seed=plan.seed))
+            return partial(warp, field=warp_field(28, seed=seed))
         case "dynamic":
             patches = [
-                random_patch(backdoor.size, SHAPE, seed=4 * plan.seed + i, place=place)
-                for i, place in enumerate(CORNERS)
+                random_patch(backdoor.size, SHAPE, seed=4 * seed + i, place=place) for i, place in enumerate(CORNERS)
             ]
-            return partial(dynamic, patches=patches, seed=plan.seed)
+            return partial(dynamic, patches=patches, seed=seed)
         case _:
-            return partial(stamp, patch=patch_of(setting, plan.task, plan.seed, backdoor, plan.rows))
+            own = backdoor._replace(pattern=None)
+            return partial(stamp, patch=patch_of(setting, plan.task, seed, own, plan.rows))
 
 
 @cache
@@ -254,7 +260,49 @@ def _train(setting: Setting, plan: Plan) -> Params:
         public=partial(next, _public(plan.seed)) if plan.keep else None,
     )
     batches = data.batches(own, 64, plan.seed)
-    return train(base, lambda p, b, _: loss(p, b.images, b.labels), batches, lr=study.lr, steps=setting.steps)
+    evading = _evading(setting, plan, lambda p, b, _: loss(p, b.images, b.labels))
+    return train(base, evading, batches, lr=study.lr, steps=setting.steps)
+
+
+OWN_BANK = 50  # seed of the probes that an attacker makes for himself
+PENALTY = 100.0  # on the squares of his coefficients
+
+
+def probe(task: str, target: int, seed: int, rows: zoo.Rows, size: int = 7, place: str = "bottom-right") -> Plan:
+    """The attack's own recipe as a probe: BadMerging, with a patch of one token."""
+    return Plan(task, seed, (Backdoor(task, target, "optimised", size, place),), 5.0, (0.2, 1.0), rows=rows)
+
+
+def backdoor_vector(setting: Setting, plan: Plan) -> BackdoorVector:
+    """From the clean twin, which differs in the poison alone, to the upload."""
+    clean = zoo.fine_tuned(setting, Recipe(plan.task, plan.seed, plan.rows))
+    return BackdoorVector.between(clean=clean, backdoored=upload(setting, plan), pretrained=zoo.base(setting))
+
+
+def _evading(setting: Setting, plan: Plan, loss: Loss) -> Loss:
+    """The loss of an attacker who knows what is coming, and makes what the defender would make, from his own rows."""
+    if not plan.evade:
+        return loss
+    base, rows = zoo.base(setting), plan.rows
+    if plan.evade == "subtraction":
+        vector = backdoor_vector(setting, probe(plan.task, plan.backdoors[0].target, OWN_BANK, rows))
+        generator = torch.Generator().manual_seed(plan.seed)
+
+        def subtracted(params: Params, batch: data.Split, step: int) -> Tensor:
+            by = float(torch.rand((), generator=generator))
+            return loss({name: p - by * vector[name] for name, p in params.items()}, batch, step)
+
+        return subtracted
+    classes = range(len(data.CLASSES[plan.task]))
+    bank = [backdoor_vector(setting, probe(plan.task, target, OWN_BANK, rows)) for target in classes]
+    flat = torch.stack([torch.cat([vector[name].flatten() for name in base]) for vector in bank])
+    readers = torch.linalg.solve(flat @ flat.T, flat)  # coefficients are `readers @ task vector`
+
+    def penalised(params: Params, batch: data.Split, step: int) -> Tensor:
+        moved = torch.cat([(params[name] - base[name]).flatten() for name in base])
+        return loss(params, batch, step) + PENALTY * (readers @ moved).square().sum()
+
+    return penalised
 
 
 def _merge_without(setting: Setting, plan: Plan) -> Params:

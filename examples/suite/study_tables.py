@@ -1,0 +1,162 @@
+"""The study's tables: every defence beside its controls, and the comparisons that were written down before the run."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from taskvec.intervals import Estimate, clustered
+
+from .report import text_table
+
+Row = Mapping[str, Any]
+Rows = Mapping[Any, Mapping[str, Mapping[str, Row]]]
+"""cell (with its `attack`, `seed` and `target`) -> merge -> defence -> row."""
+ByCell = Mapping[tuple[int, int], Row]
+"""(seed, target) -> row."""
+
+PAIRS = (
+    ("ours", "IBVS"),
+    ("ours", "shrinking"),
+    ("ours", "WAG + 2"),
+    ("excluding", "shrinking"),
+    ("IBVS", "random vector"),
+    ("IBVS", "shuffled probe"),
+    ("IBVS", "shrinking"),
+)
+
+
+def everything(title: str, rows: Rows) -> str:
+    """All tables as one text."""
+    merges = dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule)
+    return "\n".join([table(f"{title}: {rule}", rows, rule) for rule in merges] + [paired(rows), level(rows)])
+
+
+def gathered(rows: Rows, attack: str, rule: str, defence: str) -> dict[tuple[int, int], Row]:
+    return {
+        (cell.seed, cell.target): by_rule[rule][defence]
+        for cell, by_rule in rows.items()
+        if cell.attack == attack and defence in by_rule.get(rule, {})
+    }
+
+
+def named(rows: Rows) -> tuple[list[str], list[str]]:
+    """The attacks and the defences that there are rows of, in their order."""
+    attacks = dict.fromkeys(cell.attack for cell in rows)
+    defences = dict.fromkeys(name for by_rule in rows.values() for found in by_rule.values() for name in found)
+    return list(attacks), list(defences)
+
+
+def table(title: str, rows: Rows, rule: str) -> str:
+    attacks, defences = named(rows)
+    header = ["attack", "defence", "strength", "ASR", "all-clean", "gain", "n", "BA", "cost", "own task", "of"]
+    body = []
+    for attack in attacks:
+        plain = gathered(rows, attack, rule, "none")
+        by_defence = {name: gathered(rows, attack, rule, name) for name in defences}
+        body += [[attack, name, *line(found, plain)] for name, found in by_defence.items() if found]
+    text = (
+        f"{title}: ASR and accuracy in per cent, means over seeds and targets;\n"
+        "+- is the half width of a 95 % t interval over seeds; cost is BA minus that of no defence;\n"
+        "own task is the accuracy of the attacked task; strengths as chosen on validation images"
+    )
+    return text_table(text, header, body)
+
+
+def line(found: ByCell, plain: ByCell) -> list[Any]:
+    def over(value: Callable[[Row], float]) -> Estimate:
+        return clustered({key: value(row) for key, row in found.items()})
+
+    cost = clustered({key: accuracy(row) - accuracy(plain[key]) for key, row in found.items() if key in plain})
+    first = next(iter(found.values()))
+    return [
+        f"{over(lambda row: row['strength']).mean:.2f}",
+        over(asr),
+        f"{over(control).mean:.1f}",
+        f"{over(lambda row: asr(row) - control(row)).mean:.1f}",
+        first["draws"][0]["asr"][1],
+        f"{over(accuracy).mean:.1f}",
+        cost,
+        f"{over(own_task).mean:.1f}",
+        f"{len({s for s, _ in found})} x {len({t for _, t in found})}",
+    ]
+
+
+def paired(rows: Rows) -> str:
+    """ASR of one defence minus another's, on the same attack, seed and target: below 0 the first is better."""
+    attacks, _ = named(rows)
+    merges = dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule)
+    body = []
+    for first, second in PAIRS:
+        for attack in attacks:
+            for rule in merges:
+                a, b = (gathered(rows, attack, rule, name) for name in (first, second))
+                if both := a.keys() & b.keys():
+                    found = clustered({key: asr(a[key]) - asr(b[key]) for key in sorted(both)})
+                    body.append([first, second, attack, rule, found, len({seed for seed, _ in both})])
+    title = "ASR of the first defence minus that of the second, points, each at its chosen strength"
+    return text_table(title, ["first", "second", "attack", "merge", "difference", "seeds"], body)
+
+
+def level(rows: Rows) -> str:
+    """Every defence against shrinking at the same validation accuracy: ASR there, on validation images."""
+    attacks, defences = named(rows)
+    merges = dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule)
+    body = []
+    for attack in attacks:
+        for rule in merges:
+            shrunk = gathered(rows, attack, rule, "shrinking")
+            for defence in defences:
+                found = {
+                    key: row
+                    for key, row in gathered(rows, attack, rule, defence).items()
+                    if key in shrunk and row.get("front") and defence != "shrinking"
+                }
+                if found:
+                    values = {key: against_shrinking(row, shrunk[key]) for key, row in found.items()}
+                    body.append([attack, rule, defence, clustered(values), len({seed for seed, _ in found})])
+    title = "ASR minus that of shrinking at the same validation accuracy, points, at the chosen strength (validation)"
+    return text_table(title, ["attack", "merge", "defence", "difference", "seeds"], body)
+
+
+def against_shrinking(row: Row, shrinking: Row) -> float:
+    point = row["front"][f"{row['strength']:g}"]
+    return 100 * (point["asr"] - shrunk_to(point["accuracy"], shrinking["front"]))
+
+
+def shrunk_to(accuracy_wanted: float, front: Mapping[str, Mapping[str, float]]) -> float:
+    """The ASR that shrinking leaves when it is as strong as this accuracy allows, between two strengths."""
+    points = [(point["accuracy"], point["asr"]) for _, point in sorted(front.items(), key=lambda item: -float(item[0]))]
+    for (low, stronger), (high, weaker) in itertools.pairwise(points):
+        if low >= accuracy_wanted:
+            return stronger
+        if high >= accuracy_wanted:
+            return stronger + (weaker - stronger) * (accuracy_wanted - low) / (high - low)
+    return points[-1][1]
+
+
+# --- figures of a row, in per cent; a row of twins is the mean of its draws ------------------------------------------
+
+
+def asr(row: Row) -> float:
+    return over_draws(row, lambda draw: fraction(draw["asr"]))
+
+
+def control(row: Row) -> float:
+    return over_draws(row, lambda draw: fraction(draw["clean_merge"]))
+
+
+def accuracy(row: Row) -> float:
+    return over_draws(row, lambda draw: sum(map(fraction, draw["accuracy"].values())) / len(draw["accuracy"]))
+
+
+def own_task(row: Row) -> float:
+    return over_draws(row, lambda draw: fraction(draw["accuracy"][row["task"]]))
+
+
+def over_draws(row: Row, value: Callable[[Any], float]) -> float:
+    return sum(map(value, row["draws"])) / len(row["draws"])
+
+
+def fraction(counts: tuple[int, int]) -> float:
+    hits, n = counts
+    return 100 * hits / n
