@@ -25,7 +25,7 @@ from suite.data import Split
 from suite.progress import progress
 from suite.training import Params, train
 from suite.zoo import Recipe, Setting
-from taskvec.evaluate import accuracy, attack_success_rate
+from taskvec.evaluate import accuracy, attack_success_rate, roc
 from taskvec.intervals import clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
@@ -138,9 +138,9 @@ def scale_up(params: Params, stamped: Mapping[str, attacks.Images]) -> dict[str,
         with torch.no_grad():
             return score(params, TASK, x).argmax(1)
 
-    plain = detectors.scaled_consistency(classes, clean)
+    plain = detectors.scaled_consistency(classes, clean).tolist()
     return {
-        name: detectors.roc_area(detectors.scaled_consistency(classes, trigger(clean)), plain)
+        name: roc(detectors.scaled_consistency(classes, trigger(clean)).tolist(), plain).area
         for name, trigger in stamped.items()
     }
 

@@ -13,11 +13,11 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -58,6 +58,7 @@ class Cell(NamedTuple):
         return folder / "cells" / f"{self.encoder}-{self.task}" / f"{name}-target{self.target}-seed{self.seed}.json"
 
 
+T = TypeVar("T")
 Row = dict[str, disk.Json]
 Rows = dict[str, dict[str, Row]]
 """merge -> defence -> row."""
@@ -181,26 +182,30 @@ def counts(rate: Rate) -> list[int]:
 # --- many cells ------------------------------------------------------------------------------------------------------
 
 
-def resources(cell: Cell) -> list[attacks.Plan]:
-    """The plans of the defender's bank."""
-    return [plan for task in cell.banked for plans in defences.bank_plans(task).values() for plan in plans]
-
-
 def prepare(cells: Sequence[Cell], executor: Executor) -> None:
     """Train what all cells of an encoder need, so that no two of them train the same."""
     for encoder in dict.fromkeys(cell.encoder for cell in cells):
         setting, own = Setting(encoder), [cell for cell in cells if cell.encoder == encoder]
+        zoo.prepare(setting, [])
         recipes = [zoo.Recipe(task, cell.seed, handed.ROWS) for cell in own for task in data.TASKS]
         recipes += [zoo.Recipe(task, defences.SEED, defences.ROWS) for cell in own for task in cell.banked]
-        zoo.prepare(setting, dict.fromkeys(recipes))
-        plans = list(dict.fromkeys(plan for cell in own for plan in resources(cell)))
-        with progress(f"bank of {encoder}", len(plans)) as step:
-            for _ in executor.map(partial(_trained, setting), plans):
-                step()
+        at_once(executor, f"fine-tuning {encoder}", partial(zoo.fine_tuned, setting), dict.fromkeys(recipes))
+        plans = [
+            plan for cell in own for task in cell.banked for by in defences.bank_plans(task).values() for plan in by
+        ]
+        at_once(executor, f"bank of {encoder}", partial(attacks.upload, setting), dict.fromkeys(plans))
 
 
-def _trained(setting: Setting, plan: attacks.Plan) -> None:
-    attacks.upload(setting, plan)  # into the cache: cheaper than to send it back
+def at_once(executor: Executor, what: str, train: Callable[[T], object], asked: Iterable[T]) -> None:
+    """Train several models, side by side."""
+    todo = list(asked)
+    with progress(what, len(todo)) as step:
+        for _ in executor.map(partial(_into_the_cache, train), todo):
+            step()
+
+
+def _into_the_cache(train: Callable[[T], object], asked: T) -> None:
+    train(asked)  # cheaper than to send the model back
 
 
 def run(folder: Path, cells: Sequence[Cell], executor: Executor) -> None:

@@ -72,11 +72,6 @@ def test_scale_up_asks_whether_brighter_copies_are_taken_for_the_same():
     assert detectors.scaled_consistency(bright, x, (3, 7, 9, 11)).tolist() == [0.25, 1.0]
 
 
-def test_roc_area_counts_ties_half():
-    assert detectors.roc_area(torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.0])) == 0.875
-    assert detectors.roc_area(torch.tensor([0.0]), torch.tensor([1.0])) == 0.0
-
-
 # cells
 
 

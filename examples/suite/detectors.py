@@ -102,9 +102,3 @@ def scaled_consistency(
     """For each image the share of brighter copies that are classified as it is: high means triggered, says Scale-Up."""
     own = classes(images)
     return torch.stack([(classes((scale * images).clamp(0, 1)) == own).float() for scale in scales]).mean(0)
-
-
-def roc_area(positive: Tensor, negative: Tensor) -> float:
-    """The chance that a positive scores above a negative, ties counting half."""
-    above = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
-    return float(above.mean())

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
 from taskvec import BackdoorVector, TaskVector
 from taskvec.attacks import amplify, sparse_backdoor
 
@@ -97,5 +99,8 @@ ATTACKERS: dict[str, Attacker] = {
 def planted(setting: Setting, handed: Handed, clean: Mapping[str, Params]) -> TaskVector:
     """All that the attackers added to the clean contributors: the oracle's knowledge."""
     base = zoo.base(setting)
-    differences = [TaskVector.between(clean[task], model) for task, model in handed.models.items()]
-    return sum(differences, start=0) if differences else TaskVector({n: 0 * t for n, t in base.items()})
+    nothing = TaskVector({name: torch.zeros_like(tensor) for name, tensor in base.items()})
+    moved = [
+        TaskVector.between(base, model) - TaskVector.between(base, clean[task]) for task, model in handed.models.items()
+    ]
+    return sum(moved, start=nothing)

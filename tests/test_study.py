@@ -1,0 +1,216 @@
+"""The study: attackers, defences and tables, on an encoder that has hardly been trained."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import study
+import study_sbv
+import study_vectors
+from suite import attacks, cache, data, defences, handed, study_tables, zoo
+
+sys.path.pop(0)
+
+from taskvec import TaskVector
+from taskvec.similarity import coefficients
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
+    yield zoo.Setting("vits", steps=2, pretrain_steps=2)
+    cache.FOLDER = before
+
+
+# attackers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in handed.ATTACKERS if name != "against the bank"])
+def test_every_attacker_hands_in_what_differs_from_clean(name, setting):
+    found = handed.ATTACKERS[name](setting, "mnist", 1, 0)
+    clean = handed.contributors(setting, 0)
+    assert found.plan.rows == "attacker"
+    assert set(found.models) == {"none": set(), "colluding": {"mnist", "fashion"}}.get(name, {"mnist"})
+    for task, model in found.models.items():
+        assert any(not torch.equal(model[n], clean[task][n]) for n in model)
+    stolen = handed.planted(setting, found, clean)
+    assert (float(stolen.norm()) > 0) is (name != "none")
+
+
+@pytest.mark.slow
+def test_colluders_add_up_to_one_backdoor(setting):
+    alone = handed.ATTACKERS["BadMerging-on"](setting, "mnist", 1, 0)
+    both, clean = handed.colluding(setting, "mnist", 1, 0), handed.contributors(setting, 0)
+    assert handed.planted(setting, both, clean).allclose(handed.planted(setting, alone, clean), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_attacker_who_penalises_his_coefficients_has_smaller_ones_on_his_bank(setting, monkeypatch):
+    monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))  # a bank of two
+    plan = attacks.on_task("mnist", 1, 0)._replace(rows="attacker")
+    base = zoo.base(setting)
+    bank = [attacks.backdoor_vector(setting, attacks.probe("mnist", c, attacks.OWN_BANK, "attacker")) for c in (0, 1)]
+
+    def largest(own):
+        vector = TaskVector.between(base, attacks.upload(setting, own))
+        return float(coefficients([vector], bank).abs().max())
+
+    assert largest(plan._replace(evade="bank")) < largest(plan)
+
+
+def test_the_defender_shares_no_row_with_a_contributor():
+    for task in data.TASKS:
+        theirs, own = (zoo.rows_of(task, rows).images for rows in (handed.ROWS, defences.ROWS))
+        assert len(theirs) + len(own) == len(data.pool(task).images)
+    assert all(target not in study.TARGETS for target in defences.PROBE_CLASSES)
+    plans = [plan for by_class in defences.bank_plans("mnist").values() for plan in by_class]
+    assert {plan.rows for plan in plans} == {defences.ROWS}
+    assert min(plan.seed for plan in plans) > max(study.SEEDS)
+
+
+# cells
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    asked = []
+
+    def stand_in(_cell, _attack, _attacked, _clean, name, _done):
+        asked.append(name)
+        return {"strength": 0.5}
+
+    monkeypatch.setattr(study, "measured", stand_in)
+    monkeypatch.setattr(study, "scene", lambda *_: None)
+    monkeypatch.setitem(study.ATTACKERS, "none", lambda *_: handed.Handed({}, attacks.on_task("mnist", 1, 0)))
+    return asked
+
+
+def cell(*names: str, **other: str) -> study.Cell:
+    return study.Cell("vits", "mnist", 1, 0, "none", ("TIES",), names, ("mnist",))._replace(**other)
+
+
+def test_a_cell_is_filled_row_by_row_and_only_where_it_is_empty(measured, tmp_path):
+    study.fill(tmp_path, cell("none"))
+    study.fill(tmp_path, cell("none", "IBVS"))
+    study.fill(tmp_path, cell("none", "IBVS"))
+    assert measured == ["none", "IBVS"]
+    assert not study.missing(tmp_path, cell("none", "IBVS"))
+    assert study.missing(tmp_path, cell("none", "ours"))
+    study.fill(tmp_path, cell("none", banked=("mnist", "fashion")))  # another bank: another measurement
+    assert measured == ["none", "IBVS", "none"]
+
+
+def test_a_run_that_is_stopped_keeps_the_rows_it_has(measured, tmp_path, monkeypatch):
+    whole = study.measured
+
+    def stopping(*args):
+        if args[4] == "shrinking":
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(study, "measured", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        study.fill(tmp_path, cell("none", "IBVS", "shrinking", "ours"))
+    kept = json.loads(cell().path(tmp_path).read_bytes())["rows"]["TIES"]
+    assert list(kept) == ["none", "IBVS"]
+
+
+@pytest.mark.slow
+def test_every_defence_gives_figures_with_controls(setting, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "Setting", lambda _encoder: setting)
+    monkeypatch.setattr(study, "ROWS", 20)
+    monkeypatch.setattr(study, "OTHER_ROWS", 10)
+    monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))
+    own = cell(*defences.DEFENCES, *defences.TWINS, attack="BadNets")
+    with ThreadPoolExecutor(1) as executor:  # any executor does
+        study.run(tmp_path, [own], executor)
+    rows = study.earlier(own.path(tmp_path), study.about(own))["TIES"]
+    assert list(rows) == [*defences.DEFENCES, *defences.TWINS]
+    assert [len(rows[name]["draws"]) for name in defences.TWINS] == [5, 1]
+    for name, row in rows.items():
+        assert row["draws"][0]["asr"][1] == row["draws"][0]["clean_merge"][1] > 0
+        assert set(row["draws"][0]["accuracy"]) == set(data.TASKS), name
+    text = study_tables.everything("title", {own: {"TIES": rows}})
+    assert all(name in text for name in rows)
+
+
+# tables
+
+
+def row(asr: int, accuracy: int, strength: float, front: dict[str, tuple[float, float]]) -> dict:
+    draw = {"asr": [asr, 100], "clean_merge": [5, 100], "accuracy": {"mnist": [accuracy, 100]}}
+    points = {by: {"accuracy": a, "asr": r} for by, (a, r) in front.items()}
+    return {"task": "mnist", "strength": strength, "front": points, "draws": [draw]}
+
+
+def test_shrinking_is_interpolated_to_the_same_accuracy():
+    front = {"0": (0.80, 0.9), "0.3": (0.78, 0.5), "0.6": (0.70, 0.1)}
+    shrunk = row(50, 78, 0.3, front)
+    assert study_tables.shrunk_to(0.78, shrunk["front"]) == pytest.approx(0.5)
+    assert study_tables.shrunk_to(0.74, shrunk["front"]) == pytest.approx(0.3)
+    assert study_tables.shrunk_to(0.60, shrunk["front"]) == 0.1
+    assert study_tables.shrunk_to(0.90, shrunk["front"]) == 0.9
+    better = row(20, 79, 1.0, {"1": (0.79, 0.2)})
+    assert study_tables.against_shrinking(better, shrunk) == pytest.approx(100 * (0.2 - 0.7))
+
+
+def test_comparisons_are_paired_by_seed_and_target():
+    rows = {}
+    for seed, (ours, ibvs) in enumerate(((10, 50), (20, 40))):
+        own = cell(attack="BadNets")._replace(seed=seed)
+        found = {"none": row(90, 80, 0.0, {}), "ours": row(ours, 79, 1.0, {}), "IBVS": row(ibvs, 78, 0.2, {})}
+        rows[own] = {"TIES": found}
+    (line,) = [line for line in study_tables.paired(rows).splitlines() if line.startswith("ours   IBVS")]
+    assert "-30.0 +-127.1" in line  # differences of -40 and -20
+    whole = study_tables.table("title", rows, "TIES")
+    assert "-1.0 +-0.0" in whole  # what ours costs
+    assert "2 x 1" in whole
+
+
+# vectors
+
+
+def test_the_variants_of_a_vector_differ_in_what_they_say():
+    made = study_vectors.plans("mnist", 0)
+    reference = made["reference"]
+    assert made["seed"].backdoors == reference.backdoors
+    assert made["class"].backdoors[0].pattern == reference.backdoors[0].pattern
+    assert made["task"].task == "fashion"
+    seeds = [plan.seed for name, plan in made.items() if not name.endswith("same seed")]
+    assert len(set(seeds)) == len(seeds)
+    of_all = {plan.seed for seed in study_vectors.SEEDS for plan in study_vectors.plans("mnist", seed).values()}
+    assert max(of_all) < study_vectors.STRANGER
+
+
+def test_collections_share_what_they_say_and_keep_one_vector_apart():
+    for kind in study_sbv.KINDS:
+        *members, apart = study_sbv.collection(kind, "mnist", 3)
+        assert len(members) == max(study_sbv.COUNTS)
+        assert len({plan.seed for plan in (*members, apart)}) == len(members) + 1
+        assert apart.backdoors == members[0].backdoors
+        patterns = {plan.backdoors[0].pattern for plan in members}
+        targets = {plan.backdoors[0].target for plan in members}
+        assert (len(patterns) == 1) is kind.startswith("same trigger")
+        assert (len(targets) == 1) is (kind != "nothing shared")
+
+
+def test_what_is_made_of_a_collection_has_the_mean_norm_of_its_members(setting):
+    from taskvec import BackdoorVector
+
+    vectors = [
+        BackdoorVector({"w": (1 + i) * torch.randn(500, generator=torch.Generator().manual_seed(i))}) for i in range(3)
+    ]
+    norm = sum(float(vector.norm()) for vector in vectors) / 3
+    made = study_sbv.combined(vectors)
+    for name, vector in made.items():
+        times = {f"SBV_SC x {study_sbv.LOUDER}": study_sbv.LOUDER}.get(name, 1.0)
+        if "not restored" not in name:
+            assert float(vector.norm()) == pytest.approx(times * norm, rel=1e-5), name
+    assert float(made["mean, norm not restored"].norm()) < norm
