@@ -96,8 +96,8 @@ def likeness(setting: Setting, task: str, seed: int) -> dict[str, dict[str, floa
 def floor(setting: Setting, task: str, seed: int) -> dict[str, float]:
     """The same of differences between clean models: of four seeds, and of three with one in both."""
     clean = [zoo.fine_tuned(setting, Recipe(task, seed + len(SEEDS) * i)) for i in range(4)]
-    apart = [TaskVector.between(clean[0], clean[1]), TaskVector.between(clean[2], clean[3])]
-    sharing = [TaskVector.between(clean[0], clean[1]), TaskVector.between(clean[0], clean[3])]
+    a, b, c, d = (TaskVector.between(zoo.base(setting), model) for model in clean)
+    apart, sharing = [b - a, d - c], [b - a, d - a]
     return {
         "cosine": float(cosine_matrix(apart)[0, 1]),
         "cosine, one shared twin": float(cosine_matrix(sharing)[0, 1]),
