@@ -13,11 +13,11 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -58,7 +58,6 @@ class Cell(NamedTuple):
         return folder / "cells" / f"{self.encoder}-{self.task}" / f"{name}-target{self.target}-seed{self.seed}.json"
 
 
-T = TypeVar("T")
 Row = dict[str, disk.Json]
 Rows = dict[str, dict[str, Row]]
 """merge -> defence -> row."""
@@ -189,23 +188,11 @@ def prepare(cells: Sequence[Cell], executor: Executor) -> None:
         zoo.prepare(setting, [])
         recipes = [zoo.Recipe(task, cell.seed, handed.ROWS) for cell in own for task in data.TASKS]
         recipes += [zoo.Recipe(task, defences.SEED, defences.ROWS) for cell in own for task in cell.banked]
-        at_once(executor, f"fine-tuning {encoder}", partial(zoo.fine_tuned, setting), dict.fromkeys(recipes))
+        zoo.at_once(executor, f"fine-tuning {encoder}", partial(zoo.fine_tuned, setting), dict.fromkeys(recipes))
         plans = [
             plan for cell in own for task in cell.banked for by in defences.bank_plans(task).values() for plan in by
         ]
-        at_once(executor, f"bank of {encoder}", partial(attacks.upload, setting), dict.fromkeys(plans))
-
-
-def at_once(executor: Executor, what: str, train: Callable[[T], object], asked: Iterable[T]) -> None:
-    """Train several models, side by side."""
-    todo = list(asked)
-    with progress(what, len(todo)) as step:
-        for _ in executor.map(partial(_into_the_cache, train), todo):
-            step()
-
-
-def _into_the_cache(train: Callable[[T], object], asked: T) -> None:
-    train(asked)  # cheaper than to send the model back
+        zoo.at_once(executor, f"bank of {encoder}", partial(attacks.upload, setting), dict.fromkeys(plans))
 
 
 def run(folder: Path, cells: Sequence[Cell], executor: Executor) -> None:

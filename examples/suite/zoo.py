@@ -6,10 +6,10 @@ is sent to another process. Fine-tunes do not depend on each other, so several a
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from .progress import progress as progress_of
 from .training import Images, Params, Progress, badnets_loss, clean_loss, idle, pretrain, train
 
 SHAPE = (1, 28, 28)
+T = TypeVar("T")
 HALVES = 0  # seed of the split into the attacker's and the defender's half, the same for everybody
 
 
@@ -109,11 +110,16 @@ def missing(setting: Setting, recipes: Iterable[Recipe]) -> list[Recipe]:
     return [recipe for recipe in dict.fromkeys(recipes) if not disk.known("tuned", _key(setting, recipe))]
 
 
-def fine_tune_all(setting: Setting, recipes: Sequence[Recipe], progress: Progress = idle) -> None:
-    """Make these models, as many at a time as there are processors."""
-    with workforce(min(len(recipes), os.cpu_count() or 1)) as pool:
-        for _ in pool.map(partial(_make, setting), recipes):
-            progress()
+def at_once(executor: Executor, what: str, train: Callable[[T], object], asked: Iterable[T]) -> None:
+    """Train several models side by side, on whatever executes them, and tell how it goes."""
+    todo = list(asked)
+    with progress_of(what, len(todo)) as step:
+        for _ in executor.map(partial(_into_the_cache, train), todo):
+            step()
+
+
+def _into_the_cache(train: Callable[[T], object], asked: T) -> None:
+    train(asked)  # cheaper than to send the model back
 
 
 def workforce(workers: int) -> ProcessPoolExecutor:
@@ -128,17 +134,13 @@ def prepare(setting: Setting, recipes: Iterable[Recipe]) -> None:
         with progress_of(f"pre-training {setting.encoder}", architecture(setting).pretrain_steps) as step:
             base(setting, step)
     if todo := missing(setting, recipes):
-        with progress_of(f"fine-tuning {setting.encoder}", len(todo)) as step:
-            fine_tune_all(setting, todo, step)
+        with workforce(min(len(todo), os.cpu_count() or 1)) as pool:
+            at_once(pool, f"fine-tuning {setting.encoder}", partial(fine_tuned, setting), todo)
 
 
 def clean(seeds: Iterable[int]) -> list[Recipe]:
     """The clean fine-tunes of every task, for each seed once."""
     return [Recipe(task, seed) for seed in dict.fromkeys(seeds) for task in TASKS]
-
-
-def _make(setting: Setting, recipe: Recipe) -> None:
-    fine_tuned(setting, recipe)  # into the cache: cheaper than to send it back
 
 
 def settings(setting: Setting) -> dict[str, disk.Json]:
