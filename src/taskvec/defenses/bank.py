@@ -8,7 +8,7 @@ triggers that the probes were not made with. What agrees with those probes is ta
     for contributor, label in flagged(scores):
         vectors[contributor] = disarm(vectors[contributor], bank[label], strength)
 
-It says nothing of attacks that no probe is like: see the measured limits in docs/backdoor_vectors.md.
+It says nothing of attacks that no probe is like: see the measured limits in docs/study.md.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -79,7 +79,7 @@ def flagged(scores: Sequence[Mapping[Label, float]], threshold: float = 6.0) -> 
 
     Args:
         scores: as `bank_scores` gives them.
-        threshold: in robust standard deviations. The default is a choice of ours, see docs/backdoor_vectors.md for how
+        threshold: in robust standard deviations. The default is a choice of ours, see docs/study.md for how
             often it is wrong.
 
     Returns:

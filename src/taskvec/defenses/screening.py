@@ -1,7 +1,7 @@
 """Screening: what the weights of one contributor show, beside those of the others, before anything is merged.
 
 Numbers, no verdict: how well each tells backdoored contributors from clean ones is a matter of measurement, and what
-was measured is in docs/backdoor_vectors.md.
+was measured is in docs/study.md.
 """
 
 from collections.abc import Iterable, Sequence
