@@ -11,7 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import study
+import study_inherent
 import study_sbv
+import study_screening
 import study_vectors
 from suite import attacks, cache, data, defences, handed, study_tables, zoo
 
@@ -139,6 +141,44 @@ def test_every_defence_gives_figures_with_controls(setting, monkeypatch, tmp_pat
         assert set(row["draws"][0]["accuracy"]) == set(data.TASKS), name
     text = study_tables.everything("title", {own: {"TIES": rows}})
     assert all(name in text for name in rows)
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_study_run_to_their_tables(setting, monkeypatch):
+    monkeypatch.setattr(study_sbv, "COUNTS", (2,))
+    monkeypatch.setattr(study_sbv, "KINDS", ("same trigger", "nothing shared"))
+    rows = study_sbv.of_seed(setting, "mnist", 0)
+    assert {row["kind"] for row in rows} == set(study_sbv.KINDS)
+    assert all(0 <= figures["asr"] <= 1 for row in rows for figures in row["merges"].values())
+    assert "task arithmetic, after scaling" in study_sbv.tables("title", rows)
+    found = {"0": study_vectors.of_seed(setting, "mnist", 0)}
+    assert found["0"]["likeness"]["seed"]["cosine"] > found["0"]["likeness"]["no backdoor"]["cosine"]
+    assert "trigger and class, same seed" in study_vectors.tables("title", found)
+    point = study_inherent.Point(setting, 10, 1, 0)
+    values = study_inherent.value(point)
+    assert values["TIES: injected"] == values["TIES: whole"] - values["TIES: inherent"]
+    assert "10x10" in study_inherent.table({point: values})
+
+
+@pytest.mark.slow
+def test_screening_runs_to_its_table(setting, monkeypatch):
+    monkeypatch.setattr(study_screening, "ATTACKED", ("mnist",))
+    monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))
+    monkeypatch.setattr(study_screening, "KINDS", ("BadNets", "amplified"))
+    monkeypatch.setattr(study_screening, "TARGET", 1)
+    found = {case: study_screening.measured(setting, case) for case in study_screening.cases((0, 1))}
+    assert sum(case.kind == "clean" for case in found) == 2 * 2 * len(data.TASKS)
+    text = study_screening.tables("title", found)
+    assert all(name in text for name in (*study_screening.STATISTICS, "all, kind left out"))
+
+
+def test_a_statistic_may_tell_by_being_high_or_low():
+    low, high = (study_screening.Case(kind, "mnist", 0) for kind in ("BadNets", "amplified"))
+    clean = {study_screening.Case("clean", "mnist", seed): {"norm": 1.0 + seed / 10} for seed in range(3)}
+    values = study_screening.by_kind({**clean, low: {"norm": 0.5}, high: {"norm": 2.1}}, "norm")
+    assert values["BadNets"] == pytest.approx([0.6])
+    assert values["amplified"] == pytest.approx([1.0])
+    assert values["clean"] == pytest.approx([0.1, 0.0, 0.1])
 
 
 # tables
