@@ -23,8 +23,9 @@ import torch
 
 from suite import attacks, data, defences, handed, judge, report, study_tables, zoo
 from suite import cache as disk
-from suite.defences import DEFENCES, RULES, TWINS, Scene
+from suite.defences import DEFENCES, TWINS, Scene
 from suite.handed import ATTACKERS, Handed
+from suite.mergers import RULES
 from suite.progress import progress
 from suite.zoo import Setting
 from taskvec import TaskVector

@@ -20,7 +20,8 @@ import torch
 from suite import attacks, data, judge, report, zoo
 from suite import cache as disk
 from suite.attacks import Backdoor, Plan
-from suite.defences import RULES, merged
+from suite.defences import merged
+from suite.mergers import RULES
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec import BackdoorVector, TaskVector, merge, plot

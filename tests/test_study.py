@@ -15,7 +15,7 @@ import study_inherent
 import study_sbv
 import study_screening
 import study_vectors
-from suite import attacks, cache, data, defences, handed, study_tables, zoo
+from suite import attacks, bench, cache, data, defences, handed, study_tables, zoo
 
 sys.path.pop(0)
 
@@ -192,11 +192,11 @@ def row(asr: int, accuracy: int, strength: float, front: dict[str, tuple[float, 
 
 def test_shrinking_is_interpolated_to_the_same_accuracy():
     front = {"0": (0.80, 0.9), "0.3": (0.78, 0.5), "0.6": (0.70, 0.1)}
-    shrunk = row(50, 78, 0.3, front)
-    assert study_tables.shrunk_to(0.78, shrunk["front"]) == pytest.approx(0.5)
-    assert study_tables.shrunk_to(0.74, shrunk["front"]) == pytest.approx(0.3)
-    assert study_tables.shrunk_to(0.60, shrunk["front"]) == 0.1
-    assert study_tables.shrunk_to(0.90, shrunk["front"]) == 0.9
+    shrunk, points = row(50, 78, 0.3, front), {float(by): bench.Point(*point) for by, point in front.items()}
+    assert bench.shrunk_to(0.78, points) == pytest.approx(0.5)
+    assert bench.shrunk_to(0.74, points) == pytest.approx(0.3)
+    assert bench.shrunk_to(0.60, points) == 0.1
+    assert bench.shrunk_to(0.90, points) == 0.9
     better = row(20, 79, 1.0, {"1": (0.79, 0.2)})
     assert study_tables.against_shrinking(better, shrunk) == pytest.approx(100 * (0.2 - 0.7))
 

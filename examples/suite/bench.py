@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from taskvec import BackdoorVector, TaskVector, merge
+from taskvec import BackdoorVector, TaskVector
 from taskvec.attacks.triggers import Patch, stamp
 from taskvec.defenses import injection_subtraction, random_twin, shrink, shuffled_twin, strength, weight_average
 from taskvec.evaluate import Measurement, Rate, accuracy, attack_success_rate, measure, sweep
-from taskvec.merges import mean, ties, total
 
 from .data import Split
 from .judge import WHOLE, Model, Predict, model
+from .mergers import RULES
 
 KEEP = 0.98  # the share of the undefended merge's validation accuracy that a defence must leave
 
@@ -76,9 +76,9 @@ class Point(NamedTuple):
 
 
 MERGES = (
-    Merge("average", lambda vectors: merge(vectors, mean), 1.0, ()),  # any other scale of it is task arithmetic
-    Merge("task arithmetic", lambda vectors: merge(vectors, total), 0.3, (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)),
-    Merge("ties", lambda vectors: merge(vectors, ties, density=0.2), 1.0, (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)),
+    Merge("average", *RULES["average"], ()),  # any other scale of it is task arithmetic
+    Merge("task arithmetic", *RULES["task arithmetic"], (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)),
+    Merge("ties", *RULES["TIES"], (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)),
 )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taskvec import BackdoorVector, TaskVector, defenses, merge
-from taskvec.merges import dare, mean, ties, total
+from taskvec.merges import mean
 from taskvec.similarity import by_layer
 
 from . import attacks, data, zoo
@@ -21,6 +21,7 @@ from . import cache as disk
 from .attacks import Plan
 from .encoders import features
 from .heads import logits
+from .mergers import Rule
 from .training import Params, train
 from .zoo import Recipe, Setting
 
@@ -28,21 +29,6 @@ ROWS: zoo.Rows = "defender"
 SEED = 100  # of the defender's first model
 PLACES = ((7, "bottom-right"),)  # of the bank's patches: size and place
 PROBE_CLASSES = (3, 5, 7)  # of the simple probes; attacks aim at others
-
-
-class Rule(NamedTuple):
-    """How task vectors are merged, and the scale that its paper applies the result with."""
-
-    merge: Callable[[Sequence[TaskVector]], TaskVector]
-    scale: float
-
-
-RULES: dict[str, Rule] = {
-    "task arithmetic": Rule(lambda vectors: merge(vectors, total), 0.3),
-    "TIES": Rule(lambda vectors: merge(vectors, ties, density=0.2), 1.0),
-    "average": Rule(lambda vectors: merge(vectors, mean), 1.0),
-    "DARE": Rule(lambda vectors: merge(vectors, dare, density=0.2, seed=0), 0.3),
-}
 
 
 class Scene(NamedTuple):

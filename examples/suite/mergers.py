@@ -1,14 +1,15 @@
 """The merges that BadMerging is measured on: contributors' models in, a model to ask out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from taskvec import TaskVector, merge
 from taskvec.adaptive import adamerging, surgery
-from taskvec.merges import mean, ties, total
+from taskvec.merges import dare, mean, ties, total
 from taskvec.statistics import linear_grams, regmean
 
 from . import cache, data, zoo
@@ -31,11 +32,26 @@ def vectors(setting: Setting, models: Contributors) -> list[TaskVector]:
     return [TaskVector.between(zoo.base(setting), params) for params in models.values()]
 
 
-def elementwise(rule: Callable[..., Tensor], scale: float, **options: float) -> Merger:
-    """A rule on task vectors, applied to the base at a scale."""
+class Rule(NamedTuple):
+    """How task vectors are merged, and the scale that its paper applies the result with."""
+
+    merge: Callable[[Sequence[TaskVector]], TaskVector]
+    scale: float
+
+
+RULES: dict[str, Rule] = {
+    "average": Rule(lambda vectors: merge(vectors, mean), 1.0),
+    "task arithmetic": Rule(lambda vectors: merge(vectors, total), 0.3),
+    "TIES": Rule(lambda vectors: merge(vectors, ties, density=0.2), 1.0),
+    "DARE": Rule(lambda vectors: merge(vectors, dare, density=0.2, seed=0), 0.3),
+}
+
+
+def elementwise(rule: Rule) -> Merger:
+    """A rule on task vectors, applied to the base at its scale."""
 
     def combine(setting: Setting, models: Contributors) -> Model:
-        return model(merge(vectors(setting, models), rule, **options).apply(zoo.base(setting), scale))
+        return model(rule.merge(vectors(setting, models)).apply(zoo.base(setting), rule.scale))
 
     return combine
 
@@ -91,9 +107,9 @@ def _shuffled(task: str) -> Iterator[Tensor]:
 
 
 FAST: dict[str, Merger] = {
-    "average": elementwise(mean, 1.0),
-    "task arithmetic .3": elementwise(total, 0.3),
-    "TIES 20 %, 1": elementwise(ties, 1.0, density=0.2),
+    "average": elementwise(RULES["average"]),
+    "task arithmetic .3": elementwise(RULES["task arithmetic"]),
+    "TIES 20 %, 1": elementwise(RULES["TIES"]),
     "RegMean": by_regmean,
 }
 SLOW: dict[str, Merger] = {"AdaMerging": by_adamerging, "AdaMerging, surgery": with_surgery(by_adamerging)}

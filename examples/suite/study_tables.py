@@ -1,11 +1,11 @@
 """The study's tables: every defence beside its controls, and the comparisons that were written down before the run."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskvec.intervals import Estimate, clustered
 
+from .bench import Point, shrunk_to
 from .report import text_table
 
 Row = Mapping[str, Any]
@@ -120,18 +120,8 @@ def level(rows: Rows) -> str:
 
 def against_shrinking(row: Row, shrinking: Row) -> float:
     point = row["front"][f"{row['strength']:g}"]
-    return 100 * (point["asr"] - shrunk_to(point["accuracy"], shrinking["front"]))
-
-
-def shrunk_to(accuracy_wanted: float, front: Mapping[str, Mapping[str, float]]) -> float:
-    """The ASR that shrinking leaves when it is as strong as this accuracy allows, between two strengths."""
-    points = [(point["accuracy"], point["asr"]) for _, point in sorted(front.items(), key=lambda item: -float(item[0]))]
-    for (low, stronger), (high, weaker) in itertools.pairwise(points):
-        if low >= accuracy_wanted:
-            return stronger
-        if high >= accuracy_wanted:
-            return stronger + (weaker - stronger) * (accuracy_wanted - low) / (high - low)
-    return points[-1][1]
+    points = {float(by): Point(**found) for by, found in shrinking["front"].items()}
+    return 100 * (point["asr"] - shrunk_to(point["accuracy"], points))
 
 
 # --- figures of a row, in per cent; a row of twins is the mean of its draws ------------------------------------------
