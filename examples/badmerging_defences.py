@@ -8,8 +8,6 @@ merge: an anomaly that a clean merge shows as well is no finding. The small ViT,
 everything on validation images, of which one half of the rows is the defender's and the other is measured on.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from suite import attacks, data, detectors, mergers, report, zoo
+from suite import attacks, command, data, detectors, mergers, report, zoo
 from suite import cache as disk
 from suite.data import Split
 from suite.progress import progress
@@ -202,11 +200,7 @@ def _figure(row: Mapping[str, disk.Json], part: str, what: str, name: str) -> fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, nothing written")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    given = parser.parse_args()
+    given = command.options(__doc__, SEEDS).parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     seeds = [0] if given.quick else given.seeds

@@ -8,8 +8,6 @@ on validation images; the test set is for examples/badmerging.py. Every point ha
 all-clean merge. What was measured before is kept in examples/.cache.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from suite import attacks, data, judge, mergers, pictures, report, zoo
+from suite import attacks, command, data, judge, mergers, pictures, report, zoo
 from suite import cache as disk
 from suite.attacks import Backdoor, Plan
 from suite.progress import progress
@@ -27,16 +25,11 @@ from suite.zoo import Recipe, Setting
 from taskvec.attacks.triggers import stamp
 from taskvec.evaluate import attack_success_rate
 from taskvec.intervals import Estimate, clustered
-from taskvec.merges import ties, total
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 PICTURES = Path(__file__).parent / "results"
 SETTING, TASK, TARGET, SEEDS = Setting("vits"), "mnist", 1, (0, 1, 2)
-RULES = {
-    "task arithmetic": lambda scale: mergers.elementwise(total, scale),
-    "TIES": lambda scale: mergers.elementwise(ties, scale, density=0.2),
-}
-SCALES = {"task arithmetic": 0.3, "TIES": 1.0}  # the papers'
+RULES = {name: mergers.RULES[name] for name in ("task arithmetic", "TIES")}  # at the papers' scales
 SWEPT = {"task arithmetic": (0.05, 0.1, 0.2, 0.3, 0.4, 0.6), "TIES": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4)}
 
 
@@ -60,7 +53,7 @@ def points(seed: int) -> list[Point]:
     made: list[Point] = []
 
     def add(figure: str, label: str, plan: Plan, x: float | None = None, **changes: object) -> None:
-        made.extend(Point(figure, label, x, plan, rule, scale, **changes) for rule, scale in SCALES.items())
+        made.extend(Point(figure, label, x, plan, rule, scale, **changes) for rule, (_, scale) in RULES.items())
 
     kinds = {"BadNets": "random", "dynamic": "dynamic", "TrojanNN": "trojan", "blended": "blended", "WaNet": "warped"}
     for name, trigger in kinds.items():
@@ -115,7 +108,7 @@ def value(point: Point) -> dict[str, float]:
 def _measured(point: Point) -> dict[str, float]:
     setting, plan = SETTING, point.plan
     clean = {task: zoo.fine_tuned(setting, Recipe(task, plan.seed)) for task in point.tasks}
-    merger = RULES[point.rule](point.scale)
+    merger = mergers.elementwise(RULES[point.rule]._replace(scale=point.scale))
     rows = [
         attacks.measuring(setting, plan, backdoor)(
             {task: data.validation(task) for task in point.tasks},
@@ -147,7 +140,7 @@ def without_backdoor(encoder: str, seed: int, size: int, target: int) -> dict[st
     def make() -> dict[str, float]:
         clean = {task: zoo.fine_tuned(setting, Recipe(task, seed)) for task in data.TASKS}
         alone = {"base": rate(zoo.base(setting)), "clean twin": rate(clean[TASK])}
-        return alone | {rule: rate(RULES[rule](scale)(setting, clean).params) for rule, scale in SCALES.items()}
+        return alone | {name: rate(mergers.elementwise(rule)(setting, clean).params) for name, rule in RULES.items()}
 
     about = {"setting": zoo.settings(setting), "backdoor": backdoor._asdict(), "seed": seed}
     return disk.values("no backdoor", about, make)
@@ -257,11 +250,7 @@ def table(figure: str, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, nothing written")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    given = parser.parse_args()
+    given = command.options(__doc__, SEEDS).parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     seeds = [0] if given.quick else given.seeds

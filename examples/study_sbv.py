@@ -8,8 +8,6 @@ norm of its members, so that length explains nothing, and goes into the clean tw
 figure stands the cosine with a vector of the same trigger that is in no collection. All on validation images.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,12 +15,11 @@ from pathlib import Path
 
 import torch
 
-from suite import attacks, data, judge, report, zoo
+from suite import attacks, command, data, judge, report, zoo
 from suite import cache as disk
 from suite.attacks import Backdoor, Plan
 from suite.defences import merged
 from suite.mergers import RULES
-from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec import BackdoorVector, TaskVector, merge, plot
 from taskvec.attacks import sparse_backdoor
@@ -234,22 +231,16 @@ def draw(name: str, rows: Sequence[Mapping[str, disk.Json]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.options(__doc__, SEEDS)
     parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
     parser.add_argument("--task", choices=data.TASKS, default="mnist")
-    parser.add_argument("--quick", action="store_true", help="one seed, nothing written")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds
     zoo.prepare(setting, zoo.clean(seeds))
-    rows = []
-    with zoo.workforce(given.workers) as pool, progress("seeds", len(seeds)) as step:
-        for found in pool.map(partial(of_seed, setting, given.task), seeds):
-            rows += found
-            step()
+    found = command.by_seed(partial(of_seed, setting, given.task), seeds, given.workers)
+    rows = [row for own in found.values() for row in own]
     name = f"{given.encoder}-{given.task}"
     text = tables(f"{given.encoder}, {given.task}, {len(seeds)} seeds", rows)
     print(text)

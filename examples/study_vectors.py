@@ -8,8 +8,6 @@ explains: two differences of clean twins, a shared twin, a shared seed. Transfer
 that it has never seen, or subtracted from the reference's own, and the reference's trigger is put on validation images.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -17,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from suite import attacks, data, judge, report, zoo
+from suite import attacks, command, data, judge, report, zoo
 from suite import cache as disk
 from suite.attacks import Backdoor, Plan
-from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec import BackdoorVector, TaskVector, plot
 from taskvec.evaluate import Rate, accuracy, attack_success_rate, sweep, transfer_matrix
@@ -215,22 +212,16 @@ def draw(name: str, seeds: Mapping[str, Mapping[str, disk.Json]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.options(__doc__, SEEDS)
     parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
     parser.add_argument("--task", choices=data.TASKS, default="mnist")
-    parser.add_argument("--quick", action="store_true", help="one seed, nothing written")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds
     zoo.prepare(setting, [])
-    with zoo.workforce(given.workers) as pool, progress("seeds", len(seeds)) as step:
-        found = {}
-        for seed, row in zip(seeds, pool.map(partial(of_seed, setting, given.task), seeds), strict=True):
-            found[str(seed)] = row
-            step()
+    by_seed = command.by_seed(partial(of_seed, setting, given.task), seeds, given.workers)
+    found = {str(seed): row for seed, row in by_seed.items()}
     name = f"{given.encoder}-{given.task}"
     text = tables(f"{given.encoder}, {given.task}, {len(seeds)} seeds", found)
     print(text)

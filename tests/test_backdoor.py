@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from small import bv, same, weights
 
 from taskvec import BackdoorVector, TaskVector, merge
 from taskvec._errors import DegenerateError, MismatchError, RangeError
@@ -11,20 +12,6 @@ from taskvec._lazy import Lazy
 from taskvec.attacks import amplify, sparse_backdoor
 from taskvec.attacks.triggers import Patch, blend, random_patch, solid_patch, stamp
 from taskvec.merges import mean
-
-
-def weights(seed: int) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {"a": torch.randn(50, 40, generator=g), "b": torch.randn(40, generator=g), "n": torch.tensor(1)}
-
-
-def bv(seed: int, size: float = 1.0) -> BackdoorVector:
-    return BackdoorVector({name: t * size for name, t in weights(seed).items() if t.is_floating_point()})
-
-
-def same(left, right) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
 
 # the vector
 
