@@ -33,6 +33,7 @@ from taskvec.defenses import strength
 from taskvec.evaluate import Rate, accuracy, attack_success_rate
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
 QUICK = Path(__file__).parent / ".cache" / "study"
 KEEP = 0.98  # the share of the undefended merge's validation accuracy that a defence must leave
 SWEPT = 100  # validation images a task, for sweeps
@@ -210,6 +211,9 @@ def finish(folder: Path, encoder: str, task: str, cells: Sequence[Cell]) -> None
     rows = {cell: found for cell in cells if (found := earlier(cell.path(folder), about(cell)))}
     text = study_tables.everything(f"{encoder}, the attacked task is {task}", rows)
     print(text)
+    pictures = PICTURES if folder == RESULTS else folder
+    for attack in study_tables.named(rows)[0]:
+        study_tables.draw(pictures / f"study-{encoder}-{task}-{attack.replace(' ', '-')}.png", rows, attack)
     disk.write(folder / f"{encoder}-{task}.txt", f"{text.strip()}\n".encode())
     versions = report.versions() | {"cells": len(rows), "of": len(cells)}
     disk.write(folder / f"{encoder}-{task}.versions.json", f"{json.dumps(versions, indent=1)}\n".encode())

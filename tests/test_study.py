@@ -141,6 +141,8 @@ def test_every_defence_gives_figures_with_controls(setting, monkeypatch, tmp_pat
         assert set(row["draws"][0]["accuracy"]) == set(data.TASKS), name
     text = study_tables.everything("title", {own: {"TIES": rows}})
     assert all(name in text for name in rows)
+    study_tables.draw(tmp_path / "front.png", {own: {"TIES": rows}}, "BadNets")
+    assert (tmp_path / "front.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
 """The study's tables: every defence beside its controls, and the comparisons that were written down before the run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from taskvec import plot
 from taskvec.intervals import Estimate, clustered
 
 from .bench import Point, shrunk_to
@@ -122,6 +127,31 @@ def against_shrinking(row: Row, shrinking: Row) -> float:
     point = row["front"][f"{row['strength']:g}"]
     points = {float(by): Point(**found) for by, found in shrinking["front"].items()}
     return 100 * (point["asr"] - shrunk_to(point["accuracy"], points))
+
+
+def draw(path: Path, rows: Rows, attack: str) -> None:
+    """Accuracy against ASR as each defence grows stronger, on validation images: means over seeds and targets."""
+    merges = list(dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule))
+    figure = Figure(figsize=(5.2 * len(merges), 4.6), layout="constrained")
+    for axes, rule in zip(figure.subplots(1, len(merges), squeeze=False)[0], merges, strict=True):
+        paths, chosen = {}, {}
+        for name in named(rows)[1]:
+            found = [row for row in gathered(rows, attack, rule, name).values() if row.get("front")]
+            if found:
+                paths[name] = [middle([row["front"][by] for row in found]) for by in found[0]["front"]]
+                chosen[name] = middle([row["front"][f"{row['strength']:g}"] for row in found])
+        start = next(iter(paths.values()))[0]
+        plot.front(paths, undefended=start, limit=0.98 * start[0], chosen=chosen, axes=axes)
+        axes.set_title(f"{attack}, {rule}")
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def middle(points: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """The mean accuracy and the mean ASR."""
+    return fmean(point["accuracy"] for point in points), fmean(point["asr"] for point in points)
 
 
 # --- figures of a row, in per cent; a row of twins is the mean of its draws ------------------------------------------

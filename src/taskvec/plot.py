@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["curve", "front", "heat_map", "strip"]
 
+COLOURS = 10  # until matplotlib's begin again
+
 Point = tuple[float, float]
 
 
@@ -136,9 +138,10 @@ def front(
     if not paths:
         raise DegenerateError("no defences to draw")
     own = _axes(axes)
-    for name, points in paths.items():
+    for i, (name, points) in enumerate(paths.items()):
         whole = [*([undefended] if undefended else []), *points]
-        (line,) = own.plot([a for a, _ in whole], [r for _, r in whole], "o-", markersize=3, linewidth=1, label=name)
+        style = "o-" if i < COLOURS else "o:"
+        (line,) = own.plot([a for a, _ in whole], [r for _, r in whole], style, markersize=3, linewidth=1, label=name)
         if chosen and name in chosen:
             own.plot(*chosen[name], "s", markersize=8, fillstyle="none", color=line.get_color())
     if undefended:
