@@ -8,6 +8,7 @@ explains: two differences of clean twins, a shared twin, a shared seed. Transfer
 that it has never seen, or subtracted from the reference's own, and the reference's trigger is put on validation images.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -211,6 +212,20 @@ def draw(name: str, seeds: Mapping[str, Mapping[str, disk.Json]]) -> None:
     axes.figure.savefig(PICTURES / f"transfer-{name}.png", dpi=120)
 
 
+def draw_injection(task: str) -> None:
+    """ASR and accuracy of clean + lambda * BV, for every encoder that there are results of."""
+    lines = {}
+    for path in sorted(RESULTS.glob(f"vectors-*-{task}.json")):
+        seeds = list(json.loads(path.read_bytes())["seeds"].values())
+        encoder = path.stem.split("-")[1]
+        for what, label in (("asr", "ASR"), ("accuracy", "accuracy")):
+            curves = [{float(by): point[what] for by, point in found["injection"].items()} for found in seeds]
+            lines[f"{encoder}, {label}"] = {by: [curve[by] for curve in curves] for by in curves[0]}
+    axes = plot.curve(lines, xlabel="λ", ylabel="of validation images")
+    axes.set(title=f"clean model + λ · backdoor vector ({task}, alone)")
+    axes.figure.savefig(PICTURES / f"injection-{task}.png", dpi=120)
+
+
 def main() -> None:
     parser = command.options(__doc__, SEEDS)
     parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
@@ -229,6 +244,7 @@ def main() -> None:
         report.save_json(RESULTS / f"vectors-{name}.json", {"versions": report.versions(), "seeds": found})
         disk.write(RESULTS / f"vectors-{name}.txt", f"{text.strip()}\n".encode())
         draw(name, found)
+        draw_injection(given.task)
     print(f"{time.monotonic() - start:.0f} s")
 
 
