@@ -142,7 +142,7 @@ def validated(cell: Cell, attack: Handed, params: zoo.Params) -> dict[str, float
         accuracy(partial(judge.asking(setting), model, task=task), *data.validation(task, SWEPT), batch=judge.WHOLE)
         for task in data.TASKS
     ]
-    fooled = success(cell, attack, params, data.validation(cell.task))
+    fooled = success(cell, attack, params, data.validation(cell.task, SWEPT))
     return {"accuracy": sum(rate.value for rate in rates) / len(rates), "asr": fooled.value}
 
 
