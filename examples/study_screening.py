@@ -2,7 +2,7 @@
 
     python examples/study_screening.py [--encoder vits] [--quick]
 
-Fifty clean contributors and as many backdoored ones of five kinds, ten of each, each beside the clean contributors of
+Fifty clean contributors and as many backdoored ones of six kinds, ten of each, each beside the clean contributors of
 the other tasks. For every statistic the area under its ROC and the true positives at 5 % false positives, kind by kind;
 and a logistic regression on all of them that has never seen the kind it is asked about. The bank is the defender's: its
 own rows, seeds, triggers and clean twins. Probes of the attacked tasks only.
@@ -33,7 +33,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "images"
 ATTACKED = ("mnist", "fashion")
 SEEDS, TARGET = (0, 1, 2, 3, 4), 1
 MORE_CLEAN = (5, 6, 7, 8, 9)
-KINDS = ("BadNets", "blended", "BadMerging-on", "amplified", "against subtraction")
+KINDS = ("BadNets", "blended", "BadMerging-on", "BadMerging-off", "amplified", "against subtraction")
 BANK = "bank"
 STATISTICS = (*Screening._fields, BANK)
 
@@ -55,14 +55,13 @@ def cases(seeds: Sequence[int]) -> list[Case]:
 def statistics(setting: Setting, case: Case) -> dict[str, float]:
     """What screening says of a contributor among the clean ones of the other tasks."""
     base, clean = zoo.base(setting), handed.contributors(setting, case.seed)
-    if case.kind != "clean":
-        clean |= handed.ATTACKERS[case.kind](setting, case.task, TARGET, case.seed).models
-    vectors = {task: TaskVector.between(base, model) for task, model in clean.items()}
-    place = list(vectors).index(case.task)
-    own = screen(vectors.values())[place]._asdict()
+    own = handed.ATTACKERS[case.kind](setting, case.task, TARGET, case.seed).models if case.kind != "clean" else {}
+    vectors = {task: TaskVector.between(base, model) for task, model in {**clean, **own}.items()}
+    place = list(vectors).index(next(iter(own), case.task))  # whoever attacks off-task owns another one
+    numbers = screen(vectors.values())[place]._asdict()
     scores = bank_scores(vectors.values(), defences.bank(setting, ATTACKED))
     found = flagged(scores)
-    return own | {BANK: max(scores[place].values()), "flagged": float(any(i == place for i, _ in found))}
+    return numbers | {BANK: max(scores[place].values()), "flagged": float(any(i == place for i, _ in found))}
 
 
 def measured(setting: Setting, case: Case) -> dict[str, float]:

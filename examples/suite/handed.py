@@ -56,6 +56,12 @@ def nobody(_setting: Setting, task: str, target: int, seed: int) -> Handed:
     return Handed({}, attacks.on_task(task, target, seed)._replace(rows=ROWS))
 
 
+def off_task(setting: Setting, task: str, target: int, seed: int) -> Handed:
+    """The owner of the next task plants it; of the attacked one he has ten images of the target class."""
+    plan = attacks.off_task(after(task), task, target, seed)._replace(rows=ROWS)
+    return Handed({plan.task: attacks.upload(setting, plan)}, plan)
+
+
 def sparse(setting: Setting, task: str, target: int, seed: int) -> Handed:
     """SBV_SC of BadNets vectors that share the trigger and have seeds and clean twins of their own."""
     backdoor = Backdoor(task, target, pattern=seed)
@@ -73,9 +79,13 @@ def colluding(setting: Setting, task: str, target: int, seed: int) -> Handed:
     """Two contributors, each with half of one BadMerging vector: the owner of the task, and the owner of the next."""
     plan = attacks.on_task(task, target, seed)._replace(rows=ROWS)
     half = attacks.backdoor_vector(setting, plan) / 2
-    partner = data.TASKS[(data.TASKS.index(task) + 1) % len(data.TASKS)]
     clean = contributors(setting, seed)
-    return Handed({own: dict(half.inject(clean[own])) for own in (task, partner)}, plan)
+    return Handed({own: dict(half.inject(clean[own])) for own in (task, after(task))}, plan)
+
+
+def after(task: str) -> str:
+    """The next task."""
+    return data.TASKS[(data.TASKS.index(task) + 1) % len(data.TASKS)]
 
 
 def _planted(setting: Setting, plan: Plan, vector: BackdoorVector) -> Handed:
@@ -88,6 +98,7 @@ ATTACKERS: dict[str, Attacker] = {
     "BadNets": partial(from_plan, plan=attacks.plain),
     "blended": partial(from_plan, plan=partial(attacks.plain, trigger="blended")),
     "BadMerging-on": partial(from_plan, plan=attacks.on_task),
+    "BadMerging-off": off_task,
     "SBV": sparse,
     "amplified": amplified,
     "colluding": colluding,
