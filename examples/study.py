@@ -52,7 +52,7 @@ class Cell(NamedTuple):
     attack: str
     merges: tuple[str, ...]
     defences: tuple[str, ...]
-    banked: tuple[str, ...]  # the tasks in the defender's bank
+    bank: defences.Bank
 
     def path(self, folder: Path) -> Path:
         """Its file."""
@@ -84,7 +84,7 @@ def fill(folder: Path, cell: Cell) -> None:
 def about(cell: Cell) -> dict[str, disk.Json]:
     """What a cell's figures depend on, beside its name."""
     shared = {"setting": zoo.settings(Setting(cell.encoder)), "rows": [ROWS, OTHER_ROWS], "swept": SWEPT, "keep": KEEP}
-    return json.loads(json.dumps(shared | {"banked": cell.banked, "places": defences.PLACES}))
+    return json.loads(json.dumps(shared | {"bank": cell.bank._asdict()}))
 
 
 def earlier(path: Path, settings: Mapping[str, disk.Json]) -> Rows:
@@ -106,7 +106,8 @@ def scene(cell: Cell, attack: Handed, rule: str) -> Scene:
     clean = clean_models(setting, cell.seed)
     vectors = {task: TaskVector.between(zoo.base(setting), model) for task, model in {**clean, **attack.models}.items()}
     whole, stolen = defences.merged(setting, how, vectors), handed.planted(setting, attack, clean)
-    return Scene(setting, cell.task, vectors, how, whole, defences.found(setting, vectors, cell.banked), stolen)
+    found = defences.found(defences.bank(setting, cell.bank), vectors)
+    return Scene(setting, cell.task, vectors, how, whole, found, stolen)
 
 
 @cache
@@ -189,11 +190,9 @@ def prepare(cells: Sequence[Cell], executor: Executor) -> None:
         setting, own = Setting(encoder), [cell for cell in cells if cell.encoder == encoder]
         zoo.prepare(setting, [])
         recipes = [zoo.Recipe(task, cell.seed, handed.ROWS) for cell in own for task in data.TASKS]
-        recipes += [zoo.Recipe(task, defences.SEED, defences.ROWS) for cell in own for task in cell.banked]
+        recipes += [zoo.Recipe(task, defences.SEED, cell.bank.rows) for cell in own for task in cell.bank.tasks]
         zoo.at_once(executor, f"fine-tuning {encoder}", partial(zoo.fine_tuned, setting), dict.fromkeys(recipes))
-        plans = [
-            plan for cell in own for task in cell.banked for by in defences.bank_plans(task).values() for plan in by
-        ]
+        plans = [plan for cell in own for by_place in cell.bank.plans().values() for plan in by_place]
         zoo.at_once(executor, f"bank of {encoder}", partial(attacks.upload, setting), dict.fromkeys(plans))
 
 
@@ -233,15 +232,15 @@ def main() -> None:
     start = time.monotonic()
     torch.set_num_threads(1)
     encoder, task, targets, seeds, folder = given.encoder, given.task, given.targets, given.seeds, RESULTS
-    names, banked = tuple(given.attack or ATTACKERS), data.TASKS
+    names, bank = tuple(given.attack or ATTACKERS), defences.Bank()
     if given.quick:
         encoder, task, targets, seeds, folder = "vits", "mnist", [1], [0], QUICK
-        names, banked = tuple(given.attack or ("none", "BadNets", "BadMerging-on")), ("mnist",)
+        names, bank = tuple(given.attack or ("none", "BadNets", "BadMerging-on")), defences.Bank(("mnist",))
     if not all(0 <= target < len(data.CLASSES[task]) for target in targets):
         parser.error(f"targets of {task} are 0 to {len(data.CLASSES[task]) - 1}")
     merges, whole = tuple(given.merge or MERGES), (*DEFENCES, *TWINS)
     cells = [
-        Cell(encoder, task, target, seed, attack, merges, whole, banked)
+        Cell(encoder, task, target, seed, attack, merges, whole, bank)
         for seed in seeds
         for target in targets
         for attack in names

@@ -34,7 +34,7 @@ ATTACKED = ("mnist", "fashion")
 SEEDS, TARGET = (0, 1, 2, 3, 4), 1
 MORE_CLEAN = (5, 6, 7, 8, 9)
 KINDS = ("BadNets", "blended", "BadMerging-on", "BadMerging-off", "amplified", "against subtraction")
-BANK = "bank"
+BANK, BANKED = "bank", defences.Bank(ATTACKED)
 STATISTICS = (*Screening._fields, BANK)
 
 
@@ -59,14 +59,14 @@ def statistics(setting: Setting, case: Case) -> dict[str, float]:
     vectors = {task: TaskVector.between(base, model) for task, model in {**clean, **own}.items()}
     place = list(vectors).index(next(iter(own), case.task))  # whoever attacks off-task owns another one
     numbers = screen(vectors.values())[place]._asdict()
-    scores = bank_scores(vectors.values(), defences.bank(setting, ATTACKED))
+    scores = bank_scores(vectors.values(), defences.bank(setting, BANKED))
     found = flagged(scores)
     return numbers | {BANK: max(scores[place].values()), "flagged": float(any(i == place for i, _ in found))}
 
 
 def measured(setting: Setting, case: Case) -> dict[str, float]:
     """The same, remembered."""
-    about = {"setting": zoo.settings(setting), "case": case._asdict(), "bank": [*ATTACKED], "places": defences.PLACES}
+    about = {"setting": zoo.settings(setting), "case": case._asdict(), "bank": BANKED._asdict()}
     return disk.values("screening", about, partial(statistics, setting, case))
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     asked, found = cases(seeds), {}
     clean = [zoo.Recipe(case.task, case.seed, handed.ROWS) for case in asked if case.kind == "clean"]
     zoo.prepare(setting, [*clean, *(zoo.Recipe(task, defences.SEED, defences.ROWS) for task in ATTACKED)])
-    plans = [plan for task in ATTACKED for by_class in defences.bank_plans(task).values() for plan in by_class]
+    plans = [plan for by_place in BANKED.plans().values() for plan in by_place]
     with zoo.workforce(given.workers) as pool:
         zoo.at_once(pool, f"bank of {given.encoder}", partial(attacks.upload, setting), plans)
         with progress("contributors", len(asked)) as step:

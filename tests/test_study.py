@@ -73,7 +73,7 @@ def test_the_defender_shares_no_row_with_a_contributor():
         theirs, own = (zoo.rows_of(task, rows).images for rows in (handed.ROWS, defences.ROWS))
         assert len(theirs) + len(own) == len(data.pool(task).images)
     assert all(target not in study.TARGETS for target in defences.PROBE_CLASSES)
-    plans = [plan for by_class in defences.bank_plans("mnist").values() for plan in by_class]
+    plans = [plan for by_place in defences.Bank(("mnist",)).plans().values() for plan in by_place]
     assert {plan.rows for plan in plans} == {defences.ROWS}
     assert min(plan.seed for plan in plans) > max(study.SEEDS)
 
@@ -95,8 +95,11 @@ def measured(monkeypatch):
     return asked
 
 
-def cell(*names: str, **other: str) -> study.Cell:
-    return study.Cell("vits", "mnist", 1, 0, "none", ("TIES",), names, ("mnist",))._replace(**other)
+BANK = defences.Bank(("mnist",))
+
+
+def cell(*names: str, **other: object) -> study.Cell:
+    return study.Cell("vits", "mnist", 1, 0, "none", ("TIES",), names, BANK)._replace(**other)
 
 
 def test_a_cell_is_filled_row_by_row_and_only_where_it_is_empty(measured, tmp_path):
@@ -106,7 +109,7 @@ def test_a_cell_is_filled_row_by_row_and_only_where_it_is_empty(measured, tmp_pa
     assert measured == ["none", "IBVS"]
     assert not study.missing(tmp_path, cell("none", "IBVS"))
     assert study.missing(tmp_path, cell("none", "ours"))
-    study.fill(tmp_path, cell("none", banked=("mnist", "fashion")))  # another bank: another measurement
+    study.fill(tmp_path, cell("none", bank=defences.Bank(("mnist", "fashion"))))  # another bank: another measurement
     assert measured == ["none", "IBVS", "none"]
 
 

@@ -27,8 +27,29 @@ from .zoo import Recipe, Setting
 
 ROWS: zoo.Rows = "defender"
 SEED = 100  # of the defender's first model
-PLACES = ((7, "bottom-right"),)  # of the bank's patches: size and place
 PROBE_CLASSES = (3, 5, 7)  # of the simple probes; attacks aim at others
+
+
+class Bank(NamedTuple):
+    """What a bank of probes is made of, one probe for every class of the tasks and every place.
+
+    Attributes:
+        tasks: of whose classes and images they are.
+        rows: the defender's half, or a few images a class of it.
+        places: of the probes' patches: size and place.
+    """
+
+    tasks: tuple[str, ...] = data.TASKS
+    rows: zoo.Rows = ROWS
+    places: tuple[tuple[int, str], ...] = ((7, "bottom-right"),)
+
+    def plans(self) -> dict[tuple[str, int], list[Plan]]:
+        """(task, class) -> a plan for every place."""
+        return {
+            (task, target): [attacks.probe(task, target, SEED, self.rows, size, place) for size, place in self.places]
+            for task in self.tasks
+            for target in range(len(data.CLASSES[task]))
+        }
 
 
 class Scene(NamedTuple):
@@ -86,22 +107,10 @@ def probes(setting: Setting, task: str) -> tuple[BackdoorVector, ...]:
     return tuple(made)
 
 
-def bank_plans(task: str) -> dict[int, list[Plan]]:
-    """The recipes of one task's part of the bank: class -> a plan for every place."""
-    return {
-        target: [attacks.probe(task, target, SEED, ROWS, size, place) for size, place in PLACES]
-        for target in range(len(data.CLASSES[task]))
-    }
-
-
 @cache
-def bank(setting: Setting, tasks: tuple[str, ...]) -> dict[tuple[str, int], list[BackdoorVector]]:
-    """The attack's own recipe, once for every class of the tasks."""
-    return {
-        (task, target): [attacks.backdoor_vector(setting, plan) for plan in plans]
-        for task in tasks
-        for target, plans in bank_plans(task).items()
-    }
+def bank(setting: Setting, of: Bank) -> dict[tuple[str, int], list[BackdoorVector]]:
+    """The attack's own recipe, once for every class and place."""
+    return {label: [attacks.backdoor_vector(setting, plan) for plan in plans] for label, plans in of.plans().items()}
 
 
 @cache
@@ -197,10 +206,10 @@ def switching(scene: Scene, _by: float) -> Params:
 
 
 def found(
-    setting: Setting, vectors: Mapping[str, TaskVector], banked: tuple[str, ...]
+    own: Mapping[tuple[str, int], Sequence[BackdoorVector]], vectors: Mapping[str, TaskVector]
 ) -> dict[str, list[BackdoorVector]]:
-    """By the bank of some tasks: the contributors it flags, and the probes of the classes that they are flagged for."""
-    own, tasks = bank(setting, banked), list(vectors)
+    """The contributors that a bank flags, and its probes of the classes that they are flagged for."""
+    tasks = list(vectors)
     flags = defenses.flagged(defenses.bank_scores(vectors.values(), own))
     return {tasks[i]: [probe for j, label in flags if j == i for probe in own[label]] for i, _ in flags}
 
@@ -210,10 +219,14 @@ def excluding(scene: Scene, by: float) -> Params:
     return instead(scene, {task: scene.vectors[task] * (1 - by) for task in scene.found})
 
 
+def disarmed(vectors: Mapping[str, TaskVector], found: Mapping[str, Sequence[BackdoorVector]]) -> dict[str, TaskVector]:
+    """The contributors, where the flagged ones have lost what agrees with the probes."""
+    return {**vectors} | {task: defenses.disarm(vectors[task], own, float("inf")) for task, own in found.items()}
+
+
 def disarming(scene: Scene, by: float) -> Params:
-    """Ours: flagged contributors lose what agrees with the probes; then the merge shrinks, by what is beyond 1."""
-    disarmed = {task: defenses.disarm(scene.vectors[task], own, float("inf")) for task, own in scene.found.items()}
-    whole = instead(scene, disarmed)
+    """Ours: flagged contributors are disarmed; then the merge shrinks, by what is beyond 1."""
+    whole = instead(scene, disarmed(scene.vectors, scene.found))
     return dict(defenses.shrink(whole, zoo.base(scene.setting), by - 1))
 
 

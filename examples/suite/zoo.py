@@ -27,8 +27,8 @@ T = TypeVar("T")
 HALVES = 0  # seed of the split into the attacker's and the defender's half, the same for everybody
 
 
-Rows = Literal["all", "attacker", "defender"]
-"""The training pool, or one of its two halves."""
+Rows = Literal["all", "attacker", "defender", "few"]
+"""The training pool, one of its two halves, or ten images a class of the defender's."""
 
 
 class Setting(NamedTuple):
@@ -162,7 +162,8 @@ def rows_of(task: str, rows: Rows) -> Split:
     """A part of the task's training pool."""
     if rows == "all":
         return pool(task)
-    return halves(pool(task), HALVES)[("attacker", "defender").index(rows)]
+    attacker, defender = halves(pool(task), HALVES)
+    return {"attacker": attacker, "defender": defender, "few": few_shot(defender, 10, HALVES)}[rows]
 
 
 def _train(setting: Setting, recipe: Recipe) -> Params:
