@@ -214,9 +214,10 @@ def found(
     return {tasks[i]: [probe for j, label in flags if j == i for probe in own[label]] for i, _ in flags}
 
 
-def excluding(scene: Scene, by: float) -> Params:
-    """Flagged contributors count less."""
-    return instead(scene, {task: scene.vectors[task] * (1 - by) for task in scene.found})
+def leaving_out(scene: Scene, by: float) -> Params:
+    """Ours: flagged contributors count less, by 1 not at all; then the merge shrinks, by what is beyond 1."""
+    whole = instead(scene, {task: scene.vectors[task] * (1 - min(by, 1)) for task in scene.found})
+    return dict(defenses.shrink(whole, zoo.base(scene.setting), max(by - 1, 0)))
 
 
 def disarmed(vectors: Mapping[str, TaskVector], found: Mapping[str, Sequence[BackdoorVector]]) -> dict[str, TaskVector]:
@@ -225,7 +226,7 @@ def disarmed(vectors: Mapping[str, TaskVector], found: Mapping[str, Sequence[Bac
 
 
 def disarming(scene: Scene, by: float) -> Params:
-    """Ours: flagged contributors are disarmed; then the merge shrinks, by what is beyond 1."""
+    """Ours, milder: flagged contributors are disarmed; then the merge shrinks, by what is beyond 1."""
     whole = instead(scene, disarmed(scene.vectors, scene.found))
     return dict(defenses.shrink(whole, zoo.base(scene.setting), by - 1))
 
@@ -260,8 +261,8 @@ DEFENCES: dict[str, Defence] = {
     "clipping": Defence("nothing", clipping, SHRINKS),
     "mixing": Defence("the base", mixing, SHRINKS),
     "shrinking": Defence("the base", shrinking, SHRINKS),
-    "ours": Defence("half of all tasks' data, labelled", disarming, (1.0, *(1 + by for by in SHRINKS))),
-    "excluding": Defence("half of all tasks' data, labelled", excluding, (0.25, 0.5, 0.75, 1.0)),
+    "ours": Defence("half of all tasks' data, labelled", leaving_out, (0.5, 1.0, *(1 + by for by in SHRINKS))),
+    "ours, disarming": Defence("half of all tasks' data, labelled", disarming, (1.0, *(1 + by for by in SHRINKS))),
     "switching": Defence("1 clean model of the task", switching),
     "WAG + 2": Defence("2 clean models of the task", partial(averaging, count=2)),
     "WAG + 4": Defence("4 clean models of the task", partial(averaging, count=4)),

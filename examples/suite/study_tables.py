@@ -23,7 +23,7 @@ PAIRS = (
     ("ours", "IBVS"),
     ("ours", "shrinking"),
     ("ours", "WAG + 2"),
-    ("excluding", "shrinking"),
+    ("ours, disarming", "shrinking"),
     ("IBVS", "random vector"),
     ("IBVS", "shuffled probe"),
     ("IBVS", "shrinking"),
