@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import study
+import study_bank
 import study_inherent
 import study_sbv
 import study_screening
@@ -72,6 +73,9 @@ def test_the_defender_shares_no_row_with_a_contributor():
     for task in data.TASKS:
         theirs, own = (zoo.rows_of(task, rows).images for rows in (handed.ROWS, defences.ROWS))
         assert len(theirs) + len(own) == len(data.pool(task).images)
+        few = zoo.rows_of(task, "few").images
+        assert len(few) == 10 * len(data.CLASSES[task])
+        assert all((own == image).flatten(1).all(1).any() for image in few[:5])
     assert all(target not in study.TARGETS for target in defences.PROBE_CLASSES)
     plans = [plan for by_place in defences.Bank(("mnist",)).plans().values() for plan in by_place]
     assert {plan.rows for plan in plans} == {defences.ROWS}
@@ -168,7 +172,8 @@ def test_the_parts_of_the_study_run_to_their_tables(setting, monkeypatch):
 
 @pytest.mark.slow
 def test_screening_runs_to_its_table(setting, monkeypatch):
-    monkeypatch.setattr(study_screening, "ATTACKED", ("mnist",))
+    monkeypatch.setattr(study_screening, "ATTACKED", BANK.tasks)
+    monkeypatch.setattr(study_screening, "BANKED", BANK)
     monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))
     monkeypatch.setattr(study_screening, "KINDS", ("BadNets", "amplified"))
     monkeypatch.setattr(study_screening, "TARGET", 1)
@@ -176,6 +181,27 @@ def test_screening_runs_to_its_table(setting, monkeypatch):
     assert sum(case.kind == "clean" for case in found) == 2 * 2 * len(data.TASKS)
     text = study_screening.tables("title", found)
     assert all(name in text for name in (*study_screening.STATISTICS, "all, kind left out"))
+
+
+@pytest.mark.slow
+def test_banks_are_compared_on_every_attack(setting, monkeypatch):
+    monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))
+    banks = {"one": BANK, "another": BANK}
+    monkeypatch.setattr(study_bank, "banks", lambda _task: banks)
+    rows = study_bank.of_seed(setting, "mnist", ["BadNets", "BadMerging-on"], 0)
+    assert [row["bank"] for row in rows] == 2 * ["none", *banks]
+    text = study_bank.tables("title", rows)
+    assert all(name in text for name in banks)
+
+
+def test_a_score_is_that_of_the_attackers_class_or_of_the_highest_where_the_bank_has_none():
+    clean, own = {("mnist", 0): 0.1, ("mnist", 1): -0.1}, {("mnist", 0): 0.2, ("mnist", 1): 0.9}
+    found = study_bank.scores(["fashion", "mnist"], "mnist", [clean, own], "mnist")
+    assert found["score"] == 0.9
+    assert found["first"] == 1.0
+    assert found["deviations"] == pytest.approx((0.9 - 0.15) / (1.4826 * 0.15))
+    other = study_bank.scores(["fashion", "mnist"], "fashion", [clean, own], "animal")
+    assert (other["score"], other["first"]) == (0.1, 0.0)
 
 
 def test_a_statistic_may_tell_by_being_high_or_low():
