@@ -23,6 +23,7 @@ PAIRS = (
     ("ours", "IBVS"),
     ("ours", "shrinking"),
     ("ours", "WAG + 2"),
+    ("ours", "clipping"),
     ("ours, disarming", "shrinking"),
     ("IBVS", "random vector"),
     ("IBVS", "shuffled probe"),
