@@ -27,7 +27,7 @@ from taskvec.evaluate import attack_success_rate
 from taskvec.intervals import Estimate, clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
-PICTURES = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
 SETTING, TASK, TARGET, SEEDS = Setting("vits"), "mnist", 1, (0, 1, 2)
 RULES = {name: mergers.RULES[name] for name in ("task arithmetic", "TIES")}  # at the papers' scales
 SWEPT = {"task arithmetic": (0.05, 0.1, 0.2, 0.3, 0.4, 0.6), "TIES": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4)}
