@@ -32,7 +32,7 @@ from taskvec.intervals import clustered
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 TASK, TARGETS, SEEDS = "mnist", (1, 4, 7), (0, 1, 2)
-SIZES = (3, 4, 5, 6, 7, 8, 10)
+SIZES = (3, 4, 5, 7, 10)
 ENCODERS = ("cnn", "vits", "vit7")
 BUDGETS = (100, 300, 1000, 3000)  # steps of pre-training, of vits at 10x10
 MERGES = ("task arithmetic", "TIES")
