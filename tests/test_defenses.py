@@ -34,7 +34,8 @@ from taskvec.defenses import (
     switch,
     weight_average,
 )
-from taskvec.merges import mean
+from taskvec.merges import mean, weighted
+from taskvec.similarity import coefficients
 
 # twins
 
@@ -327,6 +328,12 @@ def test_disarming_takes_what_agrees_and_never_more_than_there_is():
     everything = disarm(vector, probes, strength=math.inf)["a"]
     assert torch.equal(everything, torch.where(agrees, 0.0, vector["a"]))
     assert torch.equal(disarm(vector, probes, strength=0.0)["a"], vector["a"])
+
+
+def test_a_second_pass_of_disarming_would_find_nothing():
+    vector, probes = TaskVector(bv(0)) + 0.5 * bv(1), [bv(1), bv(2)]
+    image = merge(probes, weighted, weights=coefficients([vector], probes)[0].tolist())
+    assert float(vector.dot(image)) > 0 > float(disarm(vector, probes, strength=math.inf).dot(image))
 
 
 def test_banks_without_use_are_refused():

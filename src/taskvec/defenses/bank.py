@@ -122,7 +122,7 @@ def disarm(vector: TaskVector, probes: Sequence[BackdoorVector], strength: float
         vector: the flagged contributor's task vector.
         probes: of the class.
         strength: how many times `q`; the larger, the nearer to dropping every entry that agrees in sign, which
-            `float("inf")` does.
+            `float("inf")` does. After that `v . q <= 0`: there is no more to find for a second pass.
 
     Returns:
         A task vector.
