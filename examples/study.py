@@ -40,6 +40,7 @@ SWEPT = 100  # validation images a task, for sweeps
 ROWS, OTHER_ROWS = 1000, 400  # test images of the attacked task, and of each other
 TARGETS, SEEDS = (1, 4), (0, 1, 2, 3, 4)
 MERGES = ("task arithmetic", "TIES")
+SHOWN = ("BadMerging-on",)  # the pictures of the docs
 
 
 class Cell(NamedTuple):
@@ -210,8 +211,8 @@ def finish(folder: Path, encoder: str, task: str, cells: Sequence[Cell]) -> None
     rows = {cell: found for cell in cells if (found := earlier(cell.path(folder), about(cell)))}
     text = study_tables.everything(f"{encoder}, the attacked task is {task}", rows)
     print(text)
-    pictures = PICTURES if folder == RESULTS else folder
-    for attack in study_tables.named(rows)[0]:
+    pictures, drawn = (PICTURES, SHOWN) if folder == RESULTS else (folder, study_tables.named(rows)[0])
+    for attack in drawn:
         study_tables.draw(pictures / f"study-{encoder}-{task}-{attack.replace(' ', '-')}.png", rows, attack)
     disk.write(folder / f"{encoder}-{task}.txt", f"{text.strip()}\n".encode())
     versions = report.versions() | {"cells": len(rows), "of": len(cells)}
