@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 
 from suite import attacks, data, judge, report, zoo
 from suite import cache as disk
@@ -131,15 +132,18 @@ def mean_over_classes(
 
 
 def draw(found: Mapping[Point, Mapping[str, float]]) -> None:
-    """The inherent part over the size of the patch, encoder by encoder; the whole beside it."""
-    lines: dict[str, dict[float, list[float]]] = {}
-    for encoder in dict.fromkeys(point.setting.encoder for point in found):
-        for part in ("inherent", "whole"):
+    """The inherent part of every encoder over the size of the patch, and the whole beside it."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("inherent", "whole"), strict=True):
+        lines: dict[str, dict[float, list[float]]] = {}
+        for encoder in dict.fromkeys(point.setting.encoder for point in found):
             for size in SIZES:
                 means = [mean_over_classes(found, encoder, size, seed, f"task arithmetic: {part}") for seed in SEEDS]
-                lines.setdefault(f"{encoder}, {part}", {})[float(size)] = means
-    axes = plot.curve(lines, xlabel="side of the patch, pixels", ylabel="ASR in task arithmetic, %")
-    axes.figure.savefig(PICTURES / "inherent.png", dpi=120)
+                lines.setdefault(encoder, {})[float(size)] = means
+        plot.curve(lines, xlabel="side of the patch, pixels", ylabel="ASR in task arithmetic, %", axes=axes)
+        axes.set(title=part, ylim=(0, 100))
+        axes.label_outer()
+    figure.savefig(PICTURES / "inherent.png", dpi=120)
 
 
 def main() -> None:

@@ -246,6 +246,36 @@ def test_comparisons_are_paired_by_seed_and_target():
     assert "2 x 1" in whole
 
 
+def test_the_glance_has_every_attack_in_its_column_and_says_what_is_not_there():
+    found = {"none": row(90, 80, 0.0, {}), "ours": row(10, 79, 1.0, {})}
+    rows = {
+        cell(attack="BadNets"): {"TIES": found},
+        cell(attack="SBV"): {"TIES": found | {"IBVS": row(80, 78, 0.2, {})}},
+    }
+    lines = study_tables.glance("title", rows).splitlines()
+    assert lines[3].split() == ["defence", "BadNets", "SBV"]
+    assert [line.split() for line in lines[4:]] == [
+        ["none", "90", "(5)", "90", "(5)"],
+        ["ours", "10", "(5)", "10", "(5)"],
+        ["IBVS", "-", "80", "(5)"],
+    ]
+
+
+def test_a_run_of_some_cells_keeps_the_others_in_the_tables(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    monkeypatch.setattr(study.zoo, "workforce", lambda _: ThreadPoolExecutor(1))
+    found = row(90, 80, 0.0, {})
+    monkeypatch.setattr(study, "measured", lambda *_: found)
+    for seed in ("0", "1"):
+        asked = f"--encoder vits --task mnist --attack none --targets 1 --seeds {seed} --merge TIES"
+        monkeypatch.setattr(sys, "argv", ["study.py", *asked.split()])
+        study.main()
+    assert "2 x 1" in (tmp_path / "vits-mnist.txt").read_text()
+    assert "90 (5)" in (tmp_path / "vits-mnist-glance.txt").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
 # vectors
 
 

@@ -25,16 +25,27 @@ PAIRS = (
     ("ours", "WAG + 2"),
     ("ours", "clipping"),
     ("ours, disarming", "shrinking"),
+    ("ours, disarming", "ours"),
+    ("ours, disarming", "clipping"),
     ("IBVS", "random vector"),
     ("IBVS", "shuffled probe"),
     ("IBVS", "shrinking"),
 )
+PANELS = 2  # of a picture; what merges come later are in the tables alone
 
 
 def everything(title: str, rows: Rows) -> str:
     """All tables as one text."""
-    merges = dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule)
-    return "\n".join([table(f"{title}: {rule}", rows, rule) for rule in merges] + [paired(rows), level(rows)])
+    return "\n".join([table(f"{title}: {rule}", rows, rule) for rule in merges(rows)] + [paired(rows), level(rows)])
+
+
+def glance(title: str, rows: Rows) -> str:
+    """Defences by attacks, a table for every merge; means alone."""
+    return "\n".join(crossed(f"{title}: {rule}", rows, rule) for rule in merges(rows))
+
+
+def merges(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule))
 
 
 def gathered(rows: Rows, attack: str, rule: str, defence: str) -> dict[tuple[int, int], Row]:
@@ -50,6 +61,18 @@ def named(rows: Rows) -> tuple[list[str], list[str]]:
     attacks = dict.fromkeys(cell.attack for cell in rows)
     defences = dict.fromkeys(name for by_rule in rows.values() for found in by_rule.values() for name in found)
     return list(attacks), list(defences)
+
+
+def crossed(title: str, rows: Rows, rule: str) -> str:
+    every, defences = named(rows)
+    attacks = [attack for attack in every if any(gathered(rows, attack, rule, defence) for defence in defences)]
+    body = []
+    for defence in defences:
+        found = [list(gathered(rows, attack, rule, defence).values()) for attack in attacks]
+        means = [f"{fmean(map(asr, own)):.0f} ({fmean(map(control, own)):.0f})" if own else "-" for own in found]
+        body.append([defence, *means])
+    text = f"{title}: ASR in per cent (that of the all-clean merge, defended alike), means over seeds and targets"
+    return text_table(text, ["defence", *attacks], body)
 
 
 def table(title: str, rows: Rows, rule: str) -> str:
@@ -90,11 +113,10 @@ def line(found: ByCell, plain: ByCell) -> list[Any]:
 def paired(rows: Rows) -> str:
     """ASR of one defence minus another's, on the same attack, seed and target: below 0 the first is better."""
     attacks, _ = named(rows)
-    merges = dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule)
     body = []
     for first, second in PAIRS:
         for attack in attacks:
-            for rule in merges:
+            for rule in merges(rows):
                 a, b = (gathered(rows, attack, rule, name) for name in (first, second))
                 if both := a.keys() & b.keys():
                     found = clustered({key: asr(a[key]) - asr(b[key]) for key in sorted(both)})
@@ -106,10 +128,9 @@ def paired(rows: Rows) -> str:
 def level(rows: Rows) -> str:
     """Every defence against shrinking at the same validation accuracy: ASR there, on validation images."""
     attacks, defences = named(rows)
-    merges = dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule)
     body = []
     for attack in attacks:
-        for rule in merges:
+        for rule in merges(rows):
             shrunk = gathered(rows, attack, rule, "shrinking")
             for defence in defences:
                 found = {
@@ -132,9 +153,9 @@ def against_shrinking(row: Row, shrinking: Row) -> float:
 
 def draw(path: Path, rows: Rows, attack: str) -> None:
     """Accuracy against ASR as each defence grows stronger, on validation images: means over seeds and targets."""
-    merges = list(dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule))
-    figure = Figure(figsize=(5.2 * len(merges), 4.6), layout="constrained")
-    for axes, rule in zip(figure.subplots(1, len(merges), squeeze=False)[0], merges, strict=True):
+    shown = [rule for rule in merges(rows) if gathered(rows, attack, rule, "none")][:PANELS]
+    figure = Figure(figsize=(5.2 * len(shown), 4.6), layout="constrained")
+    for axes, rule in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         paths, chosen = {}, {}
         for name in named(rows)[1]:
             found = [row for row in gathered(rows, attack, rule, name).values() if row.get("front")]
