@@ -231,6 +231,11 @@ def disarming(scene: Scene, by: float) -> Params:
     return dict(defenses.shrink(whole, zoo.base(scene.setting), by - 1))
 
 
+def disarming_and_clipping(scene: Scene, by: float) -> Params:
+    """Ours, with norm clipping in the place of shrinking: flagged contributors are disarmed, then all are clipped."""
+    return clipping(scene._replace(vectors=disarmed(scene.vectors, scene.found)), by - 1)
+
+
 def oracle(scene: Scene, by: float) -> Params:
     """What the attackers added is subtracted from the contributors."""
     return dict((-scene.planted).apply(scene.whole, by))
@@ -249,6 +254,7 @@ def shuffled(scene: Scene) -> BackdoorVector:
 
 
 SHRINKS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+DISARMS = (1.0, *(1 + by for by in SHRINKS))
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
 HALF = "half of the task's data, labelled"
 DEFENCES: dict[str, Defence] = {
@@ -262,7 +268,8 @@ DEFENCES: dict[str, Defence] = {
     "mixing": Defence("the base", mixing, SHRINKS),
     "shrinking": Defence("the base", shrinking, SHRINKS),
     "ours": Defence("half of all tasks' data, labelled", leaving_out, (0.5, 1.0, *(1 + by for by in SHRINKS))),
-    "ours, disarming": Defence("half of all tasks' data, labelled", disarming, (1.0, *(1 + by for by in SHRINKS))),
+    "ours, disarming": Defence("half of all tasks' data, labelled", disarming, DISARMS),
+    "ours, clipping": Defence("half of all tasks' data, labelled", disarming_and_clipping, DISARMS),
     "switching": Defence("1 clean model of the task", switching),
     "WAG + 2": Defence("2 clean models of the task", partial(averaging, count=2)),
     "WAG + 4": Defence("4 clean models of the task", partial(averaging, count=4)),

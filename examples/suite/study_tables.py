@@ -27,6 +27,8 @@ PAIRS = (
     ("ours, disarming", "shrinking"),
     ("ours, disarming", "ours"),
     ("ours, disarming", "clipping"),
+    ("ours, clipping", "shrinking"),
+    ("ours, clipping", "clipping"),
     ("IBVS", "random vector"),
     ("IBVS", "shuffled probe"),
     ("IBVS", "shrinking"),
