@@ -256,8 +256,8 @@ def test_the_glance_has_every_attack_in_its_column_and_says_what_is_not_there():
     assert lines[3].split() == ["defence", "BadNets", "SBV"]
     assert [line.split() for line in lines[4:]] == [
         ["none", "90", "(5)", "90", "(5)"],
-        ["ours", "10", "(5)", "10", "(5)"],
         ["IBVS", "-", "80", "(5)"],
+        ["ours", "10", "(5)", "10", "(5)"],
     ]
 
 

@@ -11,6 +11,7 @@ from taskvec import plot
 from taskvec.intervals import Estimate, clustered
 
 from .bench import Point, shrunk_to
+from .defences import DEFENCES, TWINS
 from .report import text_table
 
 Row = Mapping[str, Any]
@@ -61,8 +62,8 @@ def gathered(rows: Rows, attack: str, rule: str, defence: str) -> dict[tuple[int
 def named(rows: Rows) -> tuple[list[str], list[str]]:
     """The attacks and the defences that there are rows of, in their order."""
     attacks = dict.fromkeys(cell.attack for cell in rows)
-    defences = dict.fromkeys(name for by_rule in rows.values() for found in by_rule.values() for name in found)
-    return list(attacks), list(defences)
+    defences = {name for by_rule in rows.values() for found in by_rule.values() for name in found}
+    return list(attacks), sorted(defences, key=[*DEFENCES, *TWINS].index)
 
 
 def crossed(title: str, rows: Rows, rule: str) -> str:
