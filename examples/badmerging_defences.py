@@ -217,8 +217,7 @@ def main() -> None:
         kept = [
             {"attack": a, "model": p, "seed": s} | row for (a, p), by_seed in rows.items() for s, row in by_seed.items()
         ]
-        report.save_json(RESULTS / "defences.json", {"versions": report.versions(), "rows": kept})
-        disk.write(RESULTS / "defences.txt", f"{text.strip()}\n".encode())
+        report.keep(RESULTS / "defences", text, {"rows": kept})
     print(f"{time.monotonic() - start:.0f} s")
 
 

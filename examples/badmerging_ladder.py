@@ -262,11 +262,8 @@ def main() -> None:
     text += "".join(f"\n{lengths_table(encoder, rows)}" for encoder, rows in long.items())
     print(text)
     if not given.quick:
-        about = {"seeds": list(seeds), "split": "validation", "versions": report.versions()}
-        report.save_json(
-            RESULTS / "ladder.json", about | {"figures": found, "without backdoor": clean, "lengths": long}
-        )
-        disk.write(RESULTS / "ladder.txt", f"{text.strip()}\n".encode())
+        about = {"seeds": list(seeds), "split": "validation"}
+        report.keep(RESULTS / "ladder", text, about | {"figures": found, "without backdoor": clean, "lengths": long})
         pictures.ladder(PICTURES / "badmerging_ladder.png", found)
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -155,10 +155,7 @@ def prepare(setting: Setting, task: str, seeds: Sequence[int], workers: int) -> 
 
 
 def main() -> None:
-    parser = command.options(__doc__, SEEDS)
-    parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
-    parser.add_argument("--task", choices=data.TASKS, default="mnist")
-    given = parser.parse_args()
+    given = command.suite_options(__doc__, SEEDS).parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds
@@ -170,8 +167,7 @@ def main() -> None:
     text = tables(f"{given.encoder}, {given.task}, {len(seeds)} seeds", rows)
     print(text)
     if not given.quick:
-        report.save_json(RESULTS / f"bank-{name}.json", {"versions": report.versions(), "rows": rows})
-        disk.write(RESULTS / f"bank-{name}.txt", f"{text.strip()}\n".encode())
+        report.keep(RESULTS / f"bank-{name}", text, {"rows": rows})
     print(f"{time.monotonic() - start:.0f} s")
 
 

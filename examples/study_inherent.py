@@ -164,8 +164,7 @@ def main() -> None:
     if not (given.quick or given.encoder):
         names = [{"encoder": label(p.setting), "size": p.size, "target": p.target, "seed": p.seed} for p in found]
         rows = [name | row for name, row in zip(names, found.values(), strict=True)]
-        report.save_json(RESULTS / "inherent.json", {"versions": report.versions(), "rows": rows})
-        disk.write(RESULTS / "inherent.txt", f"{text.strip()}\n".encode())
+        report.keep(RESULTS / "inherent", text, {"rows": rows})
         draw(found)
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -231,10 +231,7 @@ def draw(name: str, rows: Sequence[Mapping[str, disk.Json]]) -> None:
 
 
 def main() -> None:
-    parser = command.options(__doc__, SEEDS)
-    parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
-    parser.add_argument("--task", choices=data.TASKS, default="mnist")
-    given = parser.parse_args()
+    given = command.suite_options(__doc__, SEEDS).parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds
@@ -245,8 +242,7 @@ def main() -> None:
     text = tables(f"{given.encoder}, {given.task}, {len(seeds)} seeds", rows)
     print(text)
     if not given.quick:
-        report.save_json(RESULTS / f"sbv-{name}.json", {"versions": report.versions(), "rows": rows})
-        disk.write(RESULTS / f"sbv-{name}.txt", f"{text.strip()}\n".encode())
+        report.keep(RESULTS / f"sbv-{name}", text, {"rows": rows})
         draw(name, rows)
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -171,8 +171,7 @@ def main() -> None:
     print(text)
     if not given.quick:
         rows = [case._asdict() | row for case, row in found.items()]
-        report.save_json(RESULTS / f"screening-{given.encoder}.json", {"versions": report.versions(), "rows": rows})
-        disk.write(RESULTS / f"screening-{given.encoder}.txt", f"{text.strip()}\n".encode())
+        report.keep(RESULTS / f"screening-{given.encoder}", text, {"rows": rows})
         draw(given.encoder, found)
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -227,10 +227,7 @@ def draw_injection(task: str) -> None:
 
 
 def main() -> None:
-    parser = command.options(__doc__, SEEDS)
-    parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
-    parser.add_argument("--task", choices=data.TASKS, default="mnist")
-    given = parser.parse_args()
+    given = command.suite_options(__doc__, SEEDS).parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds
@@ -241,8 +238,7 @@ def main() -> None:
     text = tables(f"{given.encoder}, {given.task}, {len(seeds)} seeds", found)
     print(text)
     if not given.quick:
-        report.save_json(RESULTS / f"vectors-{name}.json", {"versions": report.versions(), "seeds": found})
-        disk.write(RESULTS / f"vectors-{name}.txt", f"{text.strip()}\n".encode())
+        report.keep(RESULTS / f"vectors-{name}", text, {"seeds": found})
         draw(name, found)
         draw_injection(given.task)
     print(f"{time.monotonic() - start:.0f} s")

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import badmerging
-from suite import attacks, cache, data, detectors, judge, mergers, zoo
+from suite import attacks, cache, data, detectors, judge, mergers, report, zoo
 
 sys.path.pop(0)
 
@@ -188,3 +188,10 @@ def test_what_a_plan_leaves_at_its_default_is_not_in_its_key():
     told = attacks.key(zoo.Setting(), attacks.plain("mnist", 1, 0))["plan"]
     assert told == {"task": "mnist", "seed": 0, "backdoors": [{"victim": "mnist", "target": 1}]}
     assert attacks.key(zoo.Setting(), ON._replace(keep=1.0))["plan"]["keep"] == 1.0
+
+
+def test_results_are_kept_as_numbers_with_versions_and_as_text(tmp_path: Path) -> None:
+    report.keep(tmp_path / "bank-vits", "\na table\n", {"rows": [{"asr": 1 / 3}]})
+    kept = json.loads((tmp_path / "bank-vits.json").read_bytes())
+    assert kept == {"versions": report.versions(), "rows": [{"asr": 0.33333}]}
+    assert (tmp_path / "bank-vits.txt").read_text() == "a table\n"

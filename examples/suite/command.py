@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from . import data
 from .progress import progress
 from .zoo import workforce
 
@@ -17,6 +18,14 @@ def options(doc: str, seeds: Sequence[int], quick: str = "one seed, nothing writ
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    return parser
+
+
+def suite_options(doc: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """The same, with the encoder and the task of one part of the suite."""
+    parser = options(doc, seeds)
+    parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
+    parser.add_argument("--task", choices=data.TASKS, default="mnist")
     return parser
 
 

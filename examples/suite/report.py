@@ -85,6 +85,12 @@ def versions() -> dict[str, Json]:
     return {"taskvec": taskvec.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def keep(stem: Path, text: str, found: Mapping[str, Json]) -> None:
+    """Write what was found, with the versions, as `<stem>.json`, and its tables as `<stem>.txt`."""
+    save_json(stem.with_suffix(".json"), {"versions": versions()} | {**found})
+    write(stem.with_suffix(".txt"), f"{text.strip()}\n".encode())
+
+
 def save_json(path: Path, results: Mapping[str, Json]) -> None:
     """Write results, whole or not at all, with five decimals."""
     write(path, (json.dumps(_rounded(results), indent=1) + "\n").encode())
