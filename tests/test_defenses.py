@@ -325,7 +325,7 @@ def test_disarming_takes_what_agrees_and_never_more_than_there_is():
     short = agrees & (3 * image.abs() < vector["a"].abs())
     assert torch.allclose(found[short], (vector["a"] - 3 * image)[short], atol=1e-5)
     assert not bool(found[agrees & (3 * image.abs() > vector["a"].abs() * 1.0001)].any())
-    everything = disarm(vector, probes, strength=math.inf)["a"]
+    everything = disarm(vector, probes)["a"]
     assert torch.equal(everything, torch.where(agrees, 0.0, vector["a"]))
     assert torch.equal(disarm(vector, probes, strength=0.0)["a"], vector["a"])
 
@@ -333,7 +333,7 @@ def test_disarming_takes_what_agrees_and_never_more_than_there_is():
 def test_a_second_pass_of_disarming_would_find_nothing():
     vector, probes = TaskVector(bv(0)) + 0.5 * bv(1), [bv(1), bv(2)]
     image = merge(probes, weighted, weights=coefficients([vector], probes)[0].tolist())
-    assert float(vector.dot(image)) > 0 > float(disarm(vector, probes, strength=math.inf).dot(image))
+    assert float(vector.dot(image)) > 0 > float(disarm(vector, probes).dot(image))
 
 
 def test_banks_without_use_are_refused():

@@ -222,7 +222,7 @@ def leaving_out(scene: Scene, by: float) -> Params:
 
 def disarmed(vectors: Mapping[str, TaskVector], found: Mapping[str, Sequence[BackdoorVector]]) -> dict[str, TaskVector]:
     """The contributors, where the flagged ones have lost what agrees with the probes."""
-    return {**vectors} | {task: defenses.disarm(vectors[task], own, float("inf")) for task, own in found.items()}
+    return {**vectors} | {task: defenses.disarm(vectors[task], own) for task, own in found.items()}
 
 
 def disarming(scene: Scene, by: float) -> Params:

@@ -6,12 +6,13 @@ triggers that the probes were not made with. What agrees with those probes is ta
 
     scores = bank_scores(vectors, bank)
     for contributor, label in flagged(scores):
-        vectors[contributor] = disarm(vectors[contributor], bank[label], strength)
+        vectors[contributor] = disarm(vectors[contributor], bank[label])
 
 It says nothing of attacks that no probe is like: see the measured limits in docs/study.md.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from math import inf
 from statistics import median
 from typing import TypeVar
 
@@ -109,20 +110,20 @@ def flagged(scores: Sequence[Mapping[Label, float]], threshold: float = 6.0) -> 
     return [(i, label) for _, i, label in sorted(high, key=lambda found: -found[0])]
 
 
-def disarm(vector: TaskVector, probes: Sequence[BackdoorVector], strength: float = 4.0) -> TaskVector:
+def disarm(vector: TaskVector, probes: Sequence[BackdoorVector], strength: float = inf) -> TaskVector:
     """Take out of a contributor what agrees with some probes, entry by entry, and never more than there is.
 
     With `q` the contributor's least-squares image in the probes: where `v` and `q` have the same sign,
-    `v - sign(v) min(|v|, strength |q|)`; elsewhere `v`. Subtracting `strength * q` itself would push entries to the
-    other side, which costs accuracy.
+    `v - sign(v) min(|v|, strength |q|)`, which is 0 at the default strength; elsewhere `v`. Subtracting `strength * q`
+    itself would push entries to the other side, which costs accuracy.
 
     Given: the probes of the class that was flagged. Nothing of the attack, no data. Cost: one pass.
 
     Args:
         vector: the flagged contributor's task vector.
         probes: of the class.
-        strength: how many times `q`; the larger, the nearer to dropping every entry that agrees in sign, which
-            `float("inf")` does. After that `v . q <= 0`: there is no more to find for a second pass.
+        strength: how many times `q`. Infinity, which docs/study.md measures, drops every entry that agrees in sign;
+            after that `v . q <= 0`: there is no more to find for a second pass.
 
     Returns:
         A task vector.
