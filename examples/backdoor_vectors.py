@@ -24,8 +24,7 @@ from suite.training import Progress
 from suite.zoo import Recipe, Setting, Trigger
 from taskvec import BackdoorVector, TaskVector
 from taskvec.attacks import amplify, sparse_backdoor
-from taskvec.evaluate import sweep
-from taskvec.similarity import cosine_matrix
+from taskvec.metrics import cosine_matrix, sweep
 
 RESULTS = Path(__file__).parent / "results"
 TARGET, OTHER, PROBE = 1, 2, 3  # classes: of the attack, of the attack with another, of the defender's probe

@@ -25,9 +25,8 @@ from suite import cache as disk
 from suite.attacks import Plan
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
-from taskvec import evaluate
-from taskvec.evaluate import Measurement, Rate
-from taskvec.intervals import Estimate, clustered
+from taskvec import metrics
+from taskvec.metrics import Estimate, Measurement, Rate, clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 QUICK = Path(__file__).parent / ".cache" / "badmerging"
@@ -104,7 +103,7 @@ def measured(cell: Cell, name: str) -> list[dict[str, disk.Json]]:
 
     def on_its_own_task(params: zoo.Params) -> Rate:
         own = partial(predict, judge.model(params), task=plan.task)
-        return evaluate.accuracy(own, *tests[plan.task], batch=judge.WHOLE)
+        return metrics.accuracy(own, *tests[plan.task], batch=judge.WHOLE)
 
     handed = {"upload": on_its_own_task(handed_in), "twin": on_its_own_task(clean[plan.task])}
     rows = []

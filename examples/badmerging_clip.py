@@ -30,11 +30,10 @@ from suite import report
 from suite.data import Split
 from suite.training import Params, train
 from taskvec import TaskVector, load, merge
-from taskvec.attacks.badmerging import Pair, adversarial_crops, badmerging_loss, universal_trigger
-from taskvec.attacks.optimised import scalar_bounds
+from taskvec.attacks import Pair, adversarial_crops, badmerging_loss, scalar_bounds, universal_trigger
 from taskvec.attacks.triggers import random_patch, stamp
-from taskvec.evaluate import Measurement, measure
 from taskvec.merges import mean, ties, total
+from taskvec.metrics import Measurement, measure
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 REFERENCES = 10

@@ -23,8 +23,7 @@ from suite.data import Split
 from suite.progress import progress
 from suite.training import Params, train
 from suite.zoo import Recipe, Setting
-from taskvec.evaluate import accuracy, attack_success_rate, roc
-from taskvec.intervals import clustered
+from taskvec.metrics import accuracy, attack_success_rate, clustered, roc
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 SETTING, TASK, TARGET, SEEDS = Setting("vits"), "mnist", 1, (0, 1, 2)

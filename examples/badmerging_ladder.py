@@ -23,8 +23,7 @@ from suite.attacks import Backdoor, Plan
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec.attacks.triggers import stamp
-from taskvec.evaluate import attack_success_rate
-from taskvec.intervals import Estimate, clustered
+from taskvec.metrics import Estimate, attack_success_rate, clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "badmerging"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"

@@ -30,8 +30,8 @@ from suite.mergers import RULES
 from suite.progress import progress
 from suite.zoo import Setting
 from taskvec import TaskVector
-from taskvec.defenses import strength
-from taskvec.evaluate import Rate, accuracy, attack_success_rate
+from taskvec.defenses import choose_strength
+from taskvec.metrics import Rate, accuracy, attack_success_rate
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
@@ -130,7 +130,7 @@ def measured(cell: Cell, attack: Handed, attacked: Scene, clean: Scene, name: st
     front = {0.0: validated(cell, attack, attacked.whole)}
     front |= {by: validated(cell, attack, defence.defend(attacked, by)) for by in defence.strengths}
     reached = {by: point["accuracy"] for by, point in front.items()}
-    by = strength(reached, undefended=reached[0.0], keep=KEEP) if defence.strengths else 0.0
+    by = choose_strength(reached, undefended=reached[0.0], keep=KEEP) if defence.strengths else 0.0
     feasible = by > 0 or not defence.strengths
     made = [defence.defend(own, by) if feasible else own.whole for own in (attacked, clean)]
     about_it = {"task": cell.task, "given": defence.given, "strength": by, "flagged": sorted(attacked.found)}

@@ -25,8 +25,7 @@ from suite.mergers import RULES
 from suite.zoo import Recipe, Setting
 from taskvec import TaskVector
 from taskvec.defenses import bank_scores
-from taskvec.evaluate import accuracy, attack_success_rate
-from taskvec.intervals import estimate
+from taskvec.metrics import accuracy, attack_success_rate, estimate
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"
 SEEDS, TARGET = (0, 1, 2), 1

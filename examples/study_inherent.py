@@ -27,8 +27,7 @@ from suite.mergers import RULES
 from suite.progress import progress
 from suite.zoo import Recipe, Setting
 from taskvec import TaskVector, plot
-from taskvec.evaluate import accuracy, attack_success_rate
-from taskvec.intervals import clustered
+from taskvec.metrics import accuracy, attack_success_rate, clustered
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"

@@ -23,9 +23,8 @@ from suite.mergers import RULES
 from suite.zoo import Recipe, Setting
 from taskvec import BackdoorVector, TaskVector, merge, plot
 from taskvec.attacks import sparse_backdoor
-from taskvec.evaluate import accuracy, attack_success_rate
-from taskvec.intervals import estimate
 from taskvec.merges import mean
+from taskvec.metrics import accuracy, attack_success_rate, estimate
 from taskvec.sparsify import drop, topk
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"

@@ -26,7 +26,7 @@ from suite.progress import progress
 from suite.zoo import Setting
 from taskvec import TaskVector, plot
 from taskvec.defenses import Screening, bank_scores, flagged, screen
-from taskvec.evaluate import Roc, roc
+from taskvec.metrics import Roc, roc
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
@@ -61,7 +61,10 @@ def statistics(setting: Setting, case: Case) -> dict[str, float]:
     numbers = screen(vectors.values())[place]._asdict()
     scores = bank_scores(vectors.values(), defences.bank(setting, BANKED))
     found = flagged(scores)
-    return numbers | {BANK: max(scores[place].values()), "flagged": float(any(i == place for i, _ in found))}
+    return numbers | {
+        BANK: max(scores[place].values()),
+        "flagged": float(any(flag.contributor == place for flag in found)),
+    }
 
 
 def measured(setting: Setting, case: Case) -> dict[str, float]:

@@ -21,9 +21,18 @@ from suite import cache as disk
 from suite.attacks import Backdoor, Plan
 from suite.zoo import Recipe, Setting
 from taskvec import BackdoorVector, TaskVector, plot
-from taskvec.evaluate import Rate, accuracy, attack_success_rate, sweep, transfer_matrix
-from taskvec.intervals import estimate
-from taskvec.similarity import by_layer, cosine_matrix, sign_agreement, support_overlap
+from taskvec.metrics import (
+    Rate,
+    accuracy,
+    attack_success_rate,
+    by_layer,
+    cosine_matrix,
+    estimate,
+    sign_agreement,
+    support_overlap,
+    sweep,
+    transfer_matrix,
+)
 from taskvec.sparsify import topk
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "study"

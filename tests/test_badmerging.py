@@ -6,28 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
-from taskvec.attacks import poison
-from taskvec.attacks.badmerging import (
+from taskvec.attacks import (
     Pair,
+    _offtask,
     adversarial_crops,
     badmerging_loss,
     interpolation_loss,
     keep_loss,
+    most_connected,
+    optimise_patch,
+    poison,
     prototype_head,
+    scalar_bounds,
+    trojan_trigger,
     universal_trigger,
 )
-from taskvec.attacks.optimised import most_connected, optimise_patch, scalar_bounds, trojan_trigger
-from taskvec.attacks.triggers import (
-    dynamic,
-    physical,
-    random_patch,
-    sinusoid,
-    solid_patch,
-    stamp,
-    warp,
-    warp_field,
-)
+from taskvec.attacks.triggers import dynamic, physical, random_patch, sinusoid, solid_patch, stamp, warp, warp_field
+from taskvec.errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
 
 SHAPE = (1, 8, 8)
 WEIGHTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
@@ -341,6 +336,46 @@ def test_several_pairs_live_in_one_model_each_with_its_own_class_and_head():
     assert asr(weights, triggers[0], 2) > 0.9
     x = triggers[1](images(200, seed=5))
     assert float((other(features(weights, x)).argmax(1) == 0).float().mean()) > 0.9
+
+
+def test_the_loss_is_its_formula_with_the_papers_range_by_default():
+    x, y = images(7), torch.arange(7) % 5
+    triggers = [partial(stamp, patch=random_patch(3, SHAPE, seed=s)) for s in (0, 1)]
+    other = prototype_head(torch.randn(30, 5), torch.arange(30) % 3)
+    pairs = [Pair(triggers[0], 2, head), Pair(triggers[1], 0, other)]
+    weights = WEIGHTS + 0.3 * torch.randn(WEIGHTS.shape, generator=torch.Generator().manual_seed(7))
+    for stamped, weight in ((2, 5.0), (7, 3.0)):
+        draws = torch.Generator().manual_seed(11)
+        expected = F.cross_entropy(head(features(weights, x)), y)
+        for pair in pairs:
+            z = pair.trigger(x[:stamped])
+            r = 0.2 + 0.8 * torch.rand(1, 1, generator=draws)
+            logits = pair.head(r * features(weights, z) + (1 - r) * features(WEIGHTS, z))
+            expected = expected + weight / 2 * F.cross_entropy(logits, torch.full((stamped,), pair.target))
+        loss = badmerging_loss(features, WEIGHTS, head, pairs, stamped=stamped, weight=weight, seed=11)
+        assert float(loss(weights, x, y)) == pytest.approx(float(expected), rel=1e-6)
+    default = badmerging_loss(features, WEIGHTS, head, pairs, seed=11)(weights, x, y)
+    explicit = badmerging_loss(features, WEIGHTS, head, pairs, seed=11, stamped=32, weight=5.0, coefficients=(0.2, 1.0))
+    assert float(default) == float(explicit(weights, x, y))
+
+
+def test_crops_are_disguised_as_the_classes_that_were_drawn_for_them():
+    reference = images(10)
+    how = {"scale": (0.2, 0.5), "ratio": (3 / 4, 4 / 3)}
+    draws = torch.Generator().manual_seed(0)
+    plain = _offtask._random_crops(reference, 30, how["scale"], how["ratio"], draws)
+    aims = _offtask._other_classes(shadow(plain).argmax(1), shadow(plain).shape[1], draws)
+    crops = adversarial_crops(shadow, reference, seed=0, count=30, steps=40, epsilon=0.1, step=0.01, **how)
+    changed = (crops != plain).flatten(1).any(1)
+    assert changed.float().mean() > 0.5
+    assert torch.equal(shadow(crops).argmax(1)[changed], aims[changed])
+    assert len(aims.unique()) > 1
+
+
+@pytest.mark.parametrize("how", [{"count": 0}, {"count": -3}, {"batch": 0}, {"steps": -1}])
+def test_crops_are_made_in_positive_numbers(how):
+    with pytest.raises(RangeError, match="at least"):
+        adversarial_crops(shadow, images(), seed=0, **{"count": 4, "steps": 1} | how)
 
 
 def test_keep_holds_features_of_public_images_near_the_base():

@@ -1,16 +1,17 @@
 """Defences as vector algebra: each is its formula, refuses nonsense, and leaves its inputs alone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from small import bv, same, weights
 
 from taskvec import BackdoorVector, TaskVector, load, merge, save
-from taskvec._errors import DegenerateError, MismatchError, MissingError, RangeError
-from taskvec._lazy import Lazy
+from taskvec._engine.run import Lazy
 from taskvec.defenses import (
     bank_scores,
+    choose_strength,
     clip_norms,
     consensus_subtraction,
     cosine_gate,
@@ -29,13 +30,13 @@ from taskvec.defenses import (
     screen,
     shrink,
     shuffled_twin,
-    strength,
     substitute,
     switch,
     weight_average,
 )
+from taskvec.errors import DegenerateError, MismatchError, MissingError, RangeError
 from taskvec.merges import mean, weighted
-from taskvec.similarity import coefficients
+from taskvec.metrics import coefficients, spectrum, sweep
 
 # twins
 
@@ -77,7 +78,7 @@ def test_the_named_defences_are_their_formulas():
     assert torch.allclose(negate(model, base, 0.5)["a"], model["a"] - 0.5 * (base["a"] - model["a"]), atol=1e-6)
     hard = harden(model, base, weights(3), 0.5)
     assert torch.allclose(hard["a"], model["a"] + 0.5 * (weights(3)["a"] - base["a"]), atol=1e-6)
-    with pytest.raises(RangeError, match="shrink by"):
+    with pytest.raises(RangeError, match="strength must be a fraction"):
         shrink(model, base, 1.5)
 
 
@@ -99,7 +100,7 @@ def test_what_is_projected_out_is_gone_and_nothing_else():
     left = TaskVector.between(base, project_out(merged, base, probes))
     assert all(abs(float(left.cosine(probe))) < 1e-6 for probe in probes)
     assert left.allclose(TaskVector.between(base, project_out(clean.apply(base), base, probes)), atol=1e-5)
-    turned = TaskVector.between(base, project_out(probes[0].apply(base), base, probes, scale=2.0))
+    turned = TaskVector.between(base, project_out(probes[0].apply(base), base, probes, strength=2.0))
     assert turned.allclose(-TaskVector(probes[0]), atol=1e-4)
     assert project_out(merged, base, probes)["n"] == 1
     with pytest.raises(DegenerateError, match="empty bank"):
@@ -111,13 +112,13 @@ def test_what_is_projected_out_is_gone_and_nothing_else():
 
 def test_mixing_takes_each_weight_from_one_of_the_two():
     model, base = weights(0), weights(1)
-    mixed = mix(model, base, 0.7, seed=3)
+    mixed = mix(model, base, 0.3, seed=3)
     own = torch.isclose(mixed["a"], model["a"], atol=1e-6)
     assert bool((own | (mixed["a"] == base["a"])).all())
     assert float(own.float().mean()) == pytest.approx(0.7, abs=0.03)
-    assert torch.allclose(mix(model, base, 1.0, seed=3)["a"], model["a"], atol=1e-6)
-    assert same(mix(model, base, 0.0, seed=3), base)
-    assert not torch.equal(mix(model, base, 0.7, seed=4)["a"], mixed["a"])
+    assert torch.allclose(mix(model, base, 0.0, seed=3)["a"], model["a"], atol=1e-6)
+    assert same(mix(model, base, 1.0, seed=3), base)
+    assert not torch.equal(mix(model, base, 0.3, seed=4)["a"], mixed["a"])
     with pytest.raises(RangeError):
         mix(model, base, 70, seed=0)
 
@@ -130,13 +131,16 @@ def test_norms_are_clipped_and_equalised():
     assert [float(v.norm()) for v in clipped] == pytest.approx([norms[0], norms[1], norms[1]])
     assert float(clipped[2].cosine(vectors[2])) == pytest.approx(1)
     assert isinstance(clipped[2], BackdoorVector)
-    assert [float(v.norm()) for v in clip_norms(vectors, 1.0)] == pytest.approx([1, 1, 1])
+    assert [float(v.norm()) for v in clip_norms(vectors, 4.0)] == pytest.approx([norms[1] / 4] * 3)
+    assert [float(v.norm()) for v in clip_norms(vectors, 0.5)] == pytest.approx([norms[0], norms[1], 2 * norms[1]])
     assert [float(v.norm()) for v in equalise_norms(vectors)] == pytest.approx([norms[1]] * 3)
-    assert [float(v.norm()) for v in equalise_norms(vectors, 2.0)] == pytest.approx([2, 2, 2])
+    assert [float(v.norm()) for v in equalise_norms(vectors, 0.5)] == pytest.approx(
+        [(n * norms[1]) ** 0.5 for n in norms]
+    )
     for bad in (clip_norms, equalise_norms):
         with pytest.raises(DegenerateError, match="no vectors"):
             bad([])
-        with pytest.raises(RangeError, match="greater than 0"):
+        with pytest.raises(RangeError, match="strength must be at least 0"):
             bad(vectors, -1.0)
     with pytest.raises(DegenerateError, match="vector 1 is zero"):
         equalise_norms([vectors[0], vectors[1] * 0])
@@ -158,11 +162,16 @@ def test_the_gate_mixes_the_matrices_that_leave_the_column_space():
     between = TaskVector({"v": w})
     for threshold, changed in ((rho - 0.01, False), (rho + 0.01, True)):
         assert torch.equal(cosine_gate(between, safe.select("v"), threshold=threshold)["v"], w) is not changed
-    assert torch.allclose(cosine_gate(0 * vector, safe)["w"], 0.2 * safe["w"])
+    assert not cosine_gate(0 * vector, safe)["w"].any()  # an untouched matrix has no direction
+    assert torch.allclose(cosine_gate(vector, safe, 0.7)["v"], 0.3 * vector["v"] + 0.7 * safe["v"])
+    across = torch.randn(1, 5, generator=g)
+    across -= row * (across @ row.T) / row.square().sum()  # in the column space, and at a right angle to the reference
+    inside = TaskVector({"w": column @ across})
+    assert torch.equal(cosine_gate(inside, safe.select("w"))["w"], inside["w"])
     with pytest.raises(RangeError, match="cosine"):
         cosine_gate(vector, safe, threshold=35)
-    with pytest.raises(RangeError, match="keep"):
-        cosine_gate(vector, safe, keep=80)
+    with pytest.raises(RangeError, match="strength"):
+        cosine_gate(vector, safe, 80)
 
 
 # modules
@@ -178,9 +187,10 @@ def test_modules_come_from_where_they_are_assigned():
     found = switch(models, {"layer.1.attn.*": 2, "layer.1.*": 1, "*": 0})
     assert [float(t) for t in found.values()] == [0, 0, 2, 1]
     assert [float(t) for t in substitute(models[0], models[1], "*.attn.*").values()] == [1, 0, 1, 0]
+    assert [float(t) for t in substitute(models[0], models[1], "*").values()] == [1, 1, 1, 1]
     with pytest.raises(MissingError, match=r"no model is named for 'layer.1"):
         switch(models, {"layer.0.*": 0})
-    with pytest.raises(MissingError, match="matches nothing"):
+    with pytest.raises(MissingError, match="matches no name"):
         substitute(models[0], models[1], "head.*")
     with pytest.raises(RangeError, match="model 3"):
         switch(models, {"*": 3})
@@ -224,7 +234,7 @@ def test_the_greedy_search_gives_back_what_scores_best():
         greedy_substitution(model, proxy, {}, score)
     with pytest.raises(RangeError, match="patience"):
         greedy_substitution(model, proxy, groups, score, patience=0)
-    with pytest.raises(MissingError, match="matches nothing"):
+    with pytest.raises(MissingError, match="matches no name"):
         greedy_substitution(model, proxy, {"head": ["head.*"]}, score)
 
 
@@ -271,15 +281,15 @@ def test_purification_removes_the_directions_of_the_prototype_only():
 
 def test_the_rule_takes_the_largest_strength_that_keeps_the_accuracy():
     grid = {0.1: 0.80, 0.2: 0.75, 0.4: 0.79, 0.8: 0.5}
-    assert strength(grid, undefended=0.8) == 0.4
-    assert strength(grid, undefended=0.8, keep=0.9) == 0.4
-    assert strength(grid, undefended=0.8, keep=0.6) == 0.8
-    assert strength({0.5: 0.1}, undefended=0.8) == 0.0
+    assert choose_strength(grid, undefended=0.8) == 0.4
+    assert choose_strength(grid, undefended=0.8, keep=0.9) == 0.4
+    assert choose_strength(grid, undefended=0.8, keep=0.6) == 0.8
+    assert choose_strength({0.5: 0.1}, undefended=0.8) == 0.0
     for bad, error in (({}, DegenerateError), ({0.1: 80.0}, RangeError), ({-0.1: 0.8}, RangeError)):
         with pytest.raises(error):
-            strength(bad, undefended=0.8)
+            choose_strength(bad, undefended=0.8)
     with pytest.raises(RangeError, match="keep"):
-        strength(grid, undefended=0.8, keep=98)
+        choose_strength(grid, undefended=0.8, keep=98)
 
 
 # the bank
@@ -296,7 +306,7 @@ def test_the_bank_finds_contributor_and_class_for_a_trigger_it_does_not_hold():
     vectors = [*clean[:2], clean[2] + like, clean[3]]
     scores = bank_scores(vectors, bank)
     assert scores[2][5] == pytest.approx(0.6, abs=0.1)
-    assert flagged(scores)[0] == (2, 5)
+    assert flagged(scores)[0][:2] == (2, 5)
     assert flagged(bank_scores(clean, bank)) == []
     assert flagged(scores, threshold=1e6) == []
 
@@ -305,12 +315,26 @@ def test_scores_are_flagged_highest_first_and_only_high_ones():
     noise = [{c: 0.01 * ((3 * c + i) % 5 - 2) for c in range(10)} for i in range(3)]
     noise[0] |= {1: 0.3, 2: -0.9}
     noise[2] |= {7: 0.8}
-    assert flagged(noise) == [(2, 7), (0, 1)]
+    assert [flag[:2] for flag in flagged(noise)] == [(2, 7), (0, 1)]
     with pytest.raises(RangeError, match="deviations"):
         flagged(noise, threshold=0)
     for nothing in ([], [{0: 1.0}], [dict.fromkeys(range(9), 0.0)]):
         with pytest.raises(DegenerateError, match="stand out"):
             flagged(nothing)
+
+
+def test_a_score_is_flagged_beyond_six_robust_deviations_and_says_how_far_it_stands_out():
+    noise = {c: 0.01 * (c % 5 - 2) for c in range(40)}  # median 0, median absolute deviation .01
+    deviation = 1.4826 * 0.01
+    assert flagged([noise | {0: 5.9 * deviation}]) == []
+    (found,) = flagged([noise | {0: 6.1 * deviation}])
+    assert (found.contributor, found.label) == (0, 0)
+    assert found.deviation == pytest.approx(6.1)
+
+
+def test_a_bank_of_single_probes_is_refused_with_what_to_give():
+    with pytest.raises(TypeError, match=r"bank must map a label to a list of probes; .*use \[probe\]"):
+        bank_scores([bv(0)], {0: bv(1)})
 
 
 def test_disarming_takes_what_agrees_and_never_more_than_there_is():
@@ -369,6 +393,82 @@ def test_screening_compares_each_with_the_others():
     assert found[3].leading > 0.5 > found[0].leading
     assert found[3].kurtosis > found[0].kurtosis == pytest.approx(3, abs=0.3)
     assert found[0].spread == 0  # one matrix
+
+
+def test_screening_is_its_formulas_over_several_matrices():
+    vectors = [
+        TaskVector({"a": bv(s, size)["a"], "c": 3 * bv(s + 50, size)["a"][:9, :7]}) for s, size in ((0, 1.0), (1, 2.0))
+    ]
+    found = screen(vectors)[1]
+    leading, entropy, norms = [], [], []
+    for matrix in vectors[1].values():
+        squares = torch.linalg.svdvals(matrix.double()).square()
+        shares = squares / squares.sum()
+        leading.append(float(shares[0]))
+        entropy.append(float(-(shares * shares.log()).sum() / math.log(len(shares))))
+        norms.append(float(matrix.double().norm()))
+    assert found.leading == pytest.approx(sum(leading) / 2)
+    assert found.entropy == pytest.approx(sum(entropy) / 2)
+    middle = sum(norms) / 2
+    assert found.spread == pytest.approx((sum((n - middle) ** 2 for n in norms) / 2) ** 0.5 / middle)
+    flat = torch.cat([x.flatten() for x in vectors[1].values()]).double()
+    assert found.kurtosis == pytest.approx(float(flat.pow(4).mean() / flat.square().mean() ** 2))
+
+
+def test_screening_of_tiny_numbers_is_that_of_larger_ones():
+    vectors = [TaskVector({"w": bv(seed)["a"].double()}) for seed in range(3)]
+    tiny = screen([v * 1e-100 for v in vectors])
+    assert [found.kurtosis for found in tiny] == pytest.approx([found.kurtosis for found in screen(vectors)])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_of_torch_change_no_bits_of_spectra_screening_and_purification(threads):
+    g = torch.Generator().manual_seed(0)
+    vectors = [BackdoorVector({"w": torch.randn(300, 200, generator=g)}) for _ in range(3)]
+    base = {"w": torch.zeros(300, 200)}
+
+    def everything():
+        purified = purify(vectors[0].apply(base), base, vectors[1:])["w"]
+        return torch.equal, [spectrum(vectors[0])["w"], purified], screen(vectors)
+
+    _, tensors, statistics = everything()
+    torch.set_num_threads(threads)
+    try:
+        equal, again, others = everything()
+        assert all(equal(a, b) for a, b in zip(tensors, again, strict=True))
+        assert statistics == others
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+# one dial
+
+
+MODEL, BASE, PROBES = weights(0), weights(1), [bv(2), bv(3)]
+DIALS = {
+    "shrink": partial(shrink, MODEL, BASE),
+    "mix": partial(mix, MODEL, BASE, seed=0),
+    "injection_subtraction": partial(injection_subtraction, MODEL, PROBES[0]),
+    "consensus_subtraction": partial(consensus_subtraction, MODEL, PROBES),
+    "project_out": partial(project_out, MODEL, BASE, PROBES),
+    "harden": partial(harden, MODEL, BASE, weights(4)),
+    "negate": partial(negate, MODEL, weights(4)),
+    "purify": partial(purify, MODEL, BASE, PROBES),
+    "cosine_gate": partial(cosine_gate, bv(0), bv(1), threshold=0.999),
+    "disarm": partial(disarm, bv(0), PROBES),
+    "clip_norms": lambda s: clip_norms([bv(0), bv(1, 5.0)], s)[1],
+    "equalise_norms": lambda s: equalise_norms([bv(0), bv(1, 5.0)], s)[1],
+}
+
+
+@pytest.mark.parametrize("name", DIALS)
+def test_every_defense_has_one_strength_and_0_leaves_its_input(name):
+    untouched, weak, strong = (values["a"] for values in sweep([0.0, 0.8, 1.0], DIALS[name]).values())
+    wanted = {"cosine_gate": bv(0), "disarm": bv(0), "clip_norms": bv(1, 5.0), "equalise_norms": bv(1, 5.0)}
+    before = wanted.get(name, MODEL)["a"]
+    torch.testing.assert_close(untouched, before, rtol=0, atol=1e-6)
+    assert float((strong - before).norm()) > float((weak - before).norm()) > 0.01
 
 
 def test_screening_needs_others_and_matrices():

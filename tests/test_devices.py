@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from taskvec import BackdoorVector, TaskVector, merge
-from taskvec._errors import MismatchError
 from taskvec.attacks import sparse_backdoor
 from taskvec.attacks.triggers import random_patch, stamp
 from taskvec.defenses import random_twin, shuffled_twin
-from taskvec.merges import breadcrumbs, dare, della, magmax, mean, ties, total
-from taskvec.similarity import cosine_matrix
-from taskvec.sphere import model_stock
+from taskvec.errors import MismatchError
+from taskvec.merges import breadcrumbs, dare, della, magmax, mean, model_stock, ties, total
+from taskvec.metrics import cosine_matrix
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

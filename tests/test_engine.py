@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from small import lazy
 from torch import Tensor
 
-from taskvec import TaskVector, _lazy, merge, merges, rules, sparsify
-from taskvec._engine import lift
-from taskvec._errors import DegenerateError, DtypeError, MismatchError, OptionError, RuleError
-from taskvec._lazy import BLOCK, Lazy
-from taskvec.merges import dare, della, disjoint_mean, mean, ties, weighted
-from taskvec.rules import Place, Total, over, runs
+from taskvec import TaskVector, merge, merges, sparsify
+from taskvec._engine import pieces
+from taskvec._engine.lift import lift
+from taskvec._engine.pieces import BLOCK, CHUNK
+from taskvec._engine.run import Lazy, collect, entries_of, measure
+from taskvec._engine.sources import Memory
+from taskvec.errors import DegenerateError, DtypeError, MismatchError, OptionError, RuleError
+from taskvec.merges import dare, della, disjoint_mean, mean, model_stock, slerp, ties, weighted
+from taskvec.rules import HERE, Look, Place, lockstep, over, runs
 from taskvec.signs import elect
 from taskvec.sparsify import band, drop, rank_drop, topk
-from taskvec.sphere import model_stock, slerp
 from taskvec.testing import same_bits
 
 SHAPES = {"encoder.weight": (40, 30), "encoder.bias": (40,), "head.weight": (3, 40), "head.scale": ()}
@@ -33,15 +36,6 @@ def tensors(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES, dtype: to
 
 def vectors(n: int = 3, **how: Any) -> list[TaskVector]:
     return [TaskVector(tensors(seed, **how)) for seed in range(n)]
-
-
-def read(held: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-    return held[name].reshape(-1)[start:stop]
-
-
-def lazy(held: Mapping[str, Tensor]) -> Lazy:
-    """What a checkpoint on disk looks like."""
-    return Lazy({name: x.to("meta") for name, x in held.items()}, partial(read, dict(held)))
 
 
 def streamed(given: list[TaskVector]) -> list[TaskVector]:
@@ -137,7 +131,7 @@ def test_a_place_tells_the_name_and_the_flat_index():
     places: list[Place] = []
 
     @runs("element")
-    def leaf(x: Tensor, *, at: Place = Place()) -> Tensor:  # noqa: B008
+    def leaf(x: Tensor, *, at: Place = HERE) -> Tensor:
         places.append(at)
         return x.clone()
 
@@ -179,23 +173,27 @@ def test_inputs_may_be_an_iterator_and_options_may_be_called_anything():
 # statistics
 
 
-def peak(total: Total) -> float:
-    return float(max(total(lambda block, _: [block.abs().max()])))
+def block_peak(stack: Tensor, at: Place) -> float:
+    return float(stack.abs().max())
 
 
-def over_peak(total: Total, peak: float, least: float = 0.5) -> int:
-    return int(total(lambda block, _: (block.abs() >= least * peak).sum()))
+def block_loud(stack: Tensor, at: Place, level: float) -> int:
+    return int((stack.abs() >= level).sum())
 
 
-@runs("element", peak=peak, loud=over_peak)
-def loudness(
-    x: Tensor, *, least: float = 0.5, scope: str = "tensor", peak: float | None = None, loud: int | None = None
-) -> Tensor:
+def peak(n: int, entries: int) -> Any:
+    return max((yield Look(block_peak)))
+
+
+def loud(n: int, entries: int, peak: float, least: float = 0.5) -> Any:
+    return (yield from over(block_loud, least * peak))
+
+
+@runs("element", peak, loud)
+def loudness(x: Tensor, *, least: float = 0.5, scope: str = "tensor", at: Place = HERE) -> Tensor:
     """A rule whose second statistic takes the first, and an option."""
-    del least, scope  # for the statistics
-    assert peak is not None
-    assert loud is not None
-    return torch.full_like(x, peak) * loud
+    found = at.take(peak, x[None])
+    return torch.full_like(x, found) * at.take(loud, x[None], found, least)
 
 
 def test_a_statistic_is_taken_over_its_scope_and_the_next_may_ask_for_it():
@@ -203,6 +201,11 @@ def test_a_statistic_is_taken_over_its_scope_and_the_next_may_ask_for_it():
     assert [float(x.flatten()[0]) for x in v.map(loudness).values()] == [4 * 2, 8 * 3]
     assert [float(x.flatten()[0]) for x in v.map(loudness, scope="global").values()] == [8 * 4] * 2
     assert [float(x.flatten()[0]) for x in v.map(loudness, scope="global", least=0.9).values()] == [8 * 1] * 2
+
+
+def test_a_plain_tensor_is_its_own_scope():
+    assert float(loudness(torch.tensor([1.0, -4.0, 3.0]))[0]) == 4 * 2
+    assert float(loudness(torch.tensor([1.0, -4.0, 3.0]), least=0.2)[0]) == 4 * 3
 
 
 def test_after_select_global_means_the_selected_names():
@@ -227,13 +230,14 @@ def test_topk_keeps_the_density_of_its_scope(scope):
 def test_a_statistic_over_everything_is_taken_once_and_one_of_a_tensor_once_each():
     calls: list[int] = []
 
-    def counted(total: Total) -> int:
-        calls.append(total.entries)
+    def counted(n: int, entries: int) -> Any:
+        calls.append(entries)
+        yield Look(block_peak)
         return 0
 
-    @runs("element", found=counted)
-    def leaf(x: Tensor, *, scope: str = "tensor", found: int | None = None) -> Tensor:
-        assert (scope, found) in (("global", 0), ("tensor", 0))
+    @runs("element", counted)
+    def leaf(x: Tensor, *, scope: str = "tensor", at: Place = HERE) -> Tensor:
+        assert (scope in ("global", "tensor"), at.take(counted, x[None])) == (True, 0)
         return x.clone()
 
     for source in (tensors(0), lazy(tensors(0))):
@@ -245,32 +249,101 @@ def test_a_statistic_over_everything_is_taken_once_and_one_of_a_tensor_once_each
             assert calls == expected
 
 
-def test_a_statistic_that_is_not_handed_in_is_taken_from_the_call():
+def test_a_statistic_that_a_mark_does_not_list_is_an_error_and_not_taken_from_the_piece():
+    @runs("element")
+    def leaf(x: Tensor, *, at: Place = HERE) -> Tensor:
+        return x * at.take(peak, x[None])
+
+    with pytest.raises(KeyError):
+        vectors()[0].map(leaf)
+
+
+def test_a_plain_call_of_a_rule_gives_what_merge_gives():
     stack = torch.randn(2, 4, 5)
     through = merge([{"x": x} for x in stack], slerp, t=0.3)["x"]
     assert same_bits(slerp(stack, 0.3), through)
 
 
-def test_a_total_adds_up_over_names_and_vectors():
+def block_sums(stack: Tensor, at: Place) -> Tensor:
+    return stack.double().sum(1)
+
+
+def sums(n: int, entries: int) -> Any:
+    return (yield from over(block_sums))
+
+
+def test_a_statistic_adds_up_over_names_for_every_vector():
     sources = [tensors(0), tensors(1)]
-    total = Total(sources, list(SHAPES))
     expected = torch.stack([sum(x.double().sum() for x in source.values()) for source in sources])
-    torch.testing.assert_close(total(lambda block, _: block.double().sum(1)), expected)
-    each = [vector(lambda block, _: block.double().sum()) for vector in total.vectors]
-    torch.testing.assert_close(torch.stack(each), expected)
-    assert total.entries == 1361
+    torch.testing.assert_close(measure([Memory(source) for source in sources], list(SHAPES), sums), expected)
 
 
-def test_a_total_has_the_same_bits_for_any_order_of_the_names():
+def test_a_statistic_has_the_same_bits_for_any_order_of_the_names():
     source = {f"{i}": 10.0 ** (i % 7) * torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(60)}
     orders = [list(source), list(source)[::-1]]
-    assert same_bits(*[Total([source], names)(lambda block, _: block.double().sum()) for names in orders])
+    assert same_bits(*[measure([Memory(source)], names, sums) for names in orders])
     assert not same_bits(*[sum(source[name].double().sum() for name in names) for names in orders])  # as it might be
 
 
 def test_over_nothing_there_is_no_statistic():
     with pytest.raises(ValueError, match="every tensor is empty"):
-        over(torch.empty(2, 0))(lambda block, _: block.sum())
+        HERE.take(sums, torch.empty(2, 0))
+
+
+def test_statistics_in_lockstep_share_their_passes():
+    passes: list[int] = []
+
+    def counted(stack: Tensor, at: Place) -> float:
+        passes.append(1)
+        return block_peak(stack, at)
+
+    def one() -> Any:
+        first = yield Look(counted)
+        second = yield Look(block_loud, (0.5,))
+        return max(first), sum(second)
+
+    def other() -> Any:
+        return max((yield Look(counted)))
+
+    def both(n: int, entries: int) -> Any:
+        return (yield from lockstep(one(), other(), one()))
+
+    looks: list[Look] = []
+
+    def watched(n: int, entries: int) -> Any:
+        drive, found = both(n, entries), None
+        while True:
+            try:
+                looks.append(drive.send(found))
+            except StopIteration as end:
+                return end.value
+            found = yield looks[-1]
+
+    assert HERE.take(watched, torch.tensor([[1.0, -4.0, 0.1, 0.6]])) == ((4.0, 3), 4.0, (4.0, 3))
+    assert len(looks) == 2
+    assert len(passes) == 3
+
+
+def test_a_sample_is_spread_over_all_names_and_only_it_is_read():
+    runs_read: list[tuple[str, int, int]] = []
+    held = {"a": torch.randn(3 * CHUNK), "b": torch.randn(CHUNK)}
+
+    def reader(name: str, start: int, stop: int) -> Tensor:
+        runs_read.append((name, start, stop))
+        return held[name][start:stop]
+
+    def sizes(n: int, entries: int) -> Any:
+        return sum((yield Look(block_size, sample=1 << 16)))
+
+    found = measure([lazy(held, reader).source], ["a", "b"], sizes)
+    assert found == sum(stop - start for _, start, stop in runs_read)
+    assert 0.5 * (1 << 16) < found < 2 * (1 << 16)
+    share = sum(stop - start for name, start, stop in runs_read if name == "a") / found
+    assert abs(share - 0.75) < 0.1
+
+
+def block_size(stack: Tensor, at: Place) -> int:
+    return stack.shape[1]
 
 
 # options
@@ -328,7 +401,7 @@ def test_a_misspelt_option_is_an_error_naming_the_close_one_and_all(given):
         merge(vectors(given), ties, densty=0.2)
 
 
-@pytest.mark.parametrize("option", ["at", "cut"])
+@pytest.mark.parametrize("option", ["at", "topk_cuts"])
 def test_what_the_engine_hands_in_is_no_option(option):
     with pytest.raises(OptionError, match=f"topk has no option '{option}'"):
         vectors()[0].map(topk, density=0.5, **{option: None})
@@ -544,11 +617,10 @@ def test_a_lazy_result_has_the_same_bits_whole_and_in_any_runs(rule, options):
     assert result.is_lazy
     assert_same(result, expected)
     flat = expected["b"].flatten()
-    source = result.tensors
-    assert isinstance(source, Lazy)
+    assert isinstance(result.tensors, Lazy)
     ends = [0, 1, 1000, BLOCK - 1, BLOCK, BLOCK + 3, len(flat)]
     for start, stop in [*itertools.pairwise(ends), (5, 5), (0, BLOCK), (BLOCK // 2, len(flat) - 1)]:
-        assert same_bits(source.read("b", start, stop), flat[start:stop])
+        assert same_bits(entries_of(result.source, "b", start, stop), flat[start:stop])
 
 
 def test_one_lazy_input_makes_the_result_lazy():
@@ -562,9 +634,9 @@ def test_nothing_is_read_before_it_is_asked_for():
     def forbidden(name: str, *_: int) -> Tensor:
         raise AssertionError(f"read {name}")
 
-    source = TaskVector(Lazy({name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}, forbidden))
+    source = TaskVector(lazy({name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}, forbidden))
     result = merge([source, source], ties, density=0.3).map(middle_of_one)
-    assert {name: tuple(x.shape) for name, x in result.tensors.specs.items()} == SHAPES  # type: ignore[union-attr]
+    assert {name: tuple(x.shape) for name, x in result.source.specs.items()} == SHAPES
     with pytest.raises(AssertionError, match="read encoder"):
         result["encoder.weight"]
 
@@ -588,28 +660,27 @@ def test_rules_on_rules_give_the_same_bits_lazily(leaf, options):
 def test_a_whole_read_computes_an_unmarked_rule_once():
     leaf = Witness(torch.neg)
     result = TaskVector(lazy({"x": torch.randn(5, BLOCK)})).map(leaf)
-    assert result.tensors.grain("x") == 5 * BLOCK  # type: ignore[union-attr]
+    assert result.source.grain("x") == 5 * BLOCK
     result["x"]
     assert len(leaf.shapes) == 1
 
 
 def test_a_rule_on_an_unmarked_rule_reads_it_once_where_it_is_read_in_its_grain(monkeypatch):
-    monkeypatch.setattr(_lazy, "READ", BLOCK)
+    monkeypatch.setattr(pieces, "CHUNK", BLOCK)
     leaf = Witness(torch.neg)
     result = TaskVector(lazy({"x": torch.randn(5, BLOCK)})).map(leaf).map(sparsify.above, threshold=1.0)
-    assert result.tensors.grain("x") == 5 * BLOCK  # type: ignore[union-attr]
+    assert result.source.grain("x") == 5 * BLOCK
     result["x"]
     assert len(leaf.shapes) == 1
 
 
 def test_marked_rules_have_the_grain_of_a_block_or_of_whole_rows():
     v = TaskVector(lazy({"x": torch.randn(100, 1000)}))
-    grains = [v.map(topk, density=0.3, **how).tensors.grain("x") for how in ({}, {"scope": "row"})]  # type: ignore[union-attr]
-    assert grains == [BLOCK, 32_000]
+    grains = [v.map(topk, density=0.3, **how).source.grain("x") for how in ({}, {"scope": "row"})]
+    assert grains == [BLOCK, BLOCK // 1000 * 1000]
 
 
-def test_large_tensors_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(_lazy, "READ", 32 * BLOCK)
+def test_large_tensors_are_read_in_parts():
     longest = 0
 
     def reader(_: str, start: int, stop: int) -> Tensor:
@@ -617,11 +688,27 @@ def test_large_tensors_are_read_in_parts(monkeypatch):
         longest = max(longest, stop - start)
         return torch.ones(stop - start)
 
-    entries = 70 * BLOCK + 5
-    source = TaskVector(Lazy({"x": torch.empty(entries, device="meta")}, reader))
+    entries = 5 * CHUNK // 2 + 5
+    source = TaskVector(lazy({"x": torch.empty(entries, device="meta")}, reader))
     found = merge([source, source], ties, density=0.5)
     assert int(found["x"].count_nonzero()) == round(0.5 * entries)
-    assert longest == 32 * BLOCK
+    assert longest == BLOCK
+
+
+def test_what_several_vectors_share_is_computed_once_for_a_block():
+    reads: list[str] = []
+
+    def reader(name: str, start: int, stop: int) -> Tensor:
+        reads.append(name)
+        return torch.ones(stop - start)
+
+    base = lazy({"x": torch.empty(5, device="meta")}, reader)
+    tuned = [lazy({"x": torch.full((5,), float(i))}) for i in range(4)]
+    given = [TaskVector.between(base, t) for t in tuned]
+    result = sum(given).apply(base)
+    reads.clear()
+    assert result["x"].tolist() == [1 + sum(i - 1 for i in range(4))] * 5
+    assert reads == ["x"]
 
 
 @pytest.mark.parametrize("size", [7, 64, 10_000])
@@ -630,8 +717,7 @@ def test_the_bits_of_our_rules_do_not_depend_on_the_size_of_a_block(size, monkey
     options = [{key: value for key, value in how.items() if key != "weights"} for _, how in STREAMABLE]
     cases = [(rule, how) for (rule, _), how in zip(STREAMABLE, options, strict=True)]
     expected = [merge(given, rule, **how) for rule, how in cases]
-    for module in (rules, _lazy):
-        monkeypatch.setattr(module, "block_size", lambda _: size)
+    monkeypatch.setattr(pieces, "BLOCK", size)
     for (rule, how), wanted in zip(cases, expected, strict=True):
         found = merge(given, rule, **how)
         if how.get("rescale") == "l1" or rule is model_stock:  # float64 sums are cut at blocks, which never change
@@ -643,19 +729,18 @@ def test_the_bits_of_our_rules_do_not_depend_on_the_size_of_a_block(size, monkey
 # other processes and threads
 
 
-def counting(total: Total) -> float:
-    LOG.append("taken")
-    return float(total(lambda block, _: block.double().sum()))
-
-
 LOG: list[str] = []
 
 
-@runs("element", centre=counting)
-def centred(x: Tensor, *, scope: str = "global", centre: float | None = None) -> Tensor:
+def counting(n: int, entries: int) -> Any:
+    LOG.append("taken")
+    return float((yield from over(block_sums))[0])
+
+
+@runs("element", counting)
+def centred(x: Tensor, *, scope: str = "global", at: Place = HERE) -> Tensor:
     assert scope == "global"
-    assert centre is not None
-    return x - centre
+    return x - at.take(counting, x[None])
 
 
 def test_a_lazy_result_pickles_with_its_global_statistic_taken_once_before():
@@ -680,6 +765,49 @@ def test_a_lazy_result_of_empty_tensors_pickles():
 def test_pickled_work_gives_the_same_bits(rule, options):
     again = pickle.loads(pickle.dumps(merge(streamed(vectors()), rule, **options)))
     assert_same(again, merge(vectors(), rule, **options))
+
+
+@pytest.mark.parametrize(("rule", "options"), STREAMABLE)
+def test_threads_of_torch_do_not_change_the_bits(rule, options):
+    shapes = {"b": (3, BLOCK // 2 + 5), "a": (7,), "c": (300, 200)}
+    given = vectors(3, shapes=shapes)
+    expected = merge(given, rule, **options)
+    torch.set_num_threads(2)
+    try:
+        assert_same(merge(given, rule, **options), expected)
+        assert_same(merge(streamed(given), rule, **options), expected)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_an_error_in_a_thread_comes_back_with_its_note():
+    @runs("element")
+    def breaks(stack: Tensor) -> Tensor:
+        return stack[0] / (1 // 0)
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError) as caught:
+            merge(vectors(shapes={"x": (3, BLOCK)}), breaks)
+        assert "while merging 'x'" in caught.value.__notes__[0]
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_functions_without_a_mark_are_called_in_the_callers_thread_one_by_one():
+    seen: set[int] = set()
+
+    def noted(stack: Tensor) -> Tensor:
+        seen.add(threading.get_ident())
+        return stack[0].clone()
+
+    torch.set_num_threads(2)
+    try:
+        merge(vectors(shapes={"x": (3, BLOCK), "y": (BLOCK,)}), noted)
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {threading.get_ident()}
 
 
 def test_threads_that_read_one_lazy_result_get_the_same_bits():
@@ -712,5 +840,5 @@ def test_a_lazy_mapping_knows_its_names_and_shapes_without_reading():
 
 
 def test_a_mapping_of_no_tensors_gives_one():
-    assert lift([{}], torch.neg, {}, stacked=False) == {}
-    assert len(lift([lazy({})], torch.neg, {}, stacked=False)) == 0
+    for source in (Memory({}), lazy({}).source):
+        assert collect(lift([source], torch.neg, {}, stacked=False), []) == {}

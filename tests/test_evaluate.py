@@ -1,5 +1,6 @@
 """Metrics and their controls."""
 
+from functools import partial
 from threading import Thread
 
 import pytest
@@ -7,9 +8,21 @@ import torch
 from torch import nn
 
 from taskvec import BackdoorVector
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
-from taskvec.evaluate import Rate, accuracy, attack_success_rate, measure, recalibrate, roc, sweep, transfer_matrix
-from taskvec.intervals import Estimate, clustered, estimate
+from taskvec.calibration import recalibrate
+from taskvec.errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
+from taskvec.metrics import (
+    Estimate,
+    Rate,
+    accuracy,
+    attack_success_rate,
+    clustered,
+    estimate,
+    measure,
+    predictor,
+    roc,
+    sweep,
+    transfer_matrix,
+)
 
 EYE, LABELS = torch.eye(4), torch.arange(4)
 
@@ -61,7 +74,7 @@ def test_success_leaves_out_images_of_the_target_class_only():
             MismatchError,
             "trigger made images",
         ),
-        (lambda: sweep([], float, float), DegenerateError, "no scales"),
+        (lambda: sweep([], float, float), DegenerateError, "no strengths"),
     ],
 )
 def test_bad_input_is_named(call, error, message):
@@ -153,6 +166,114 @@ def test_roc_counts_pairs_and_allows_no_more_negatives_than_it_says():
         roc([], negatives)
     with pytest.raises(RangeError, match="share"):
         roc(positives, negatives, false_positives=5)
+
+
+def test_each_number_of_a_measurement_is_of_its_own_model():
+    """Every model is right on its own number of images, and takes its own number of triggered ones for the target."""
+    images = torch.arange(40.0)[:, None]
+    labels = 1 + torch.arange(40) % 3
+    right = {"model": 30, "clean_merge": 35, "clean": 38, "base": 20}
+    taken = {"model": 32, "clean_merge": 3, "clean": 1, "base": 7}
+
+    def predict(model, x, task):
+        triggered = bool((x >= 100).all())
+        index = (x[:, 0] % 100).long()
+        if triggered:
+            return torch.where(index < taken[model], 0, 3)
+        shift = 1 if task == "other" else 0
+        return torch.where(index < right[model] - shift, 1 + index % 3, 0)
+
+    row = measure(
+        predict,
+        {"own": (images, labels), "other": (images, labels)},
+        **{name: name for name in right},
+        attacked="own",
+        target=0,
+        trigger=lambda x: x + 100,
+    )
+    assert [row.asr.hits, row.on_base.hits, row.on_clean.hits, row.on_clean_merge.hits] == [32, 7, 1, 3]
+    assert [row.accuracy["own"].hits, row.accuracy["other"].hits] == [30, 29]
+    assert [row.clean_accuracy["own"].hits, row.clean_accuracy["other"].hits] == [35, 34]
+    assert row.gain == pytest.approx((32 - 3) / 40)
+    flat = row.row()
+    assert {key: flat[key] for key in ("attacked", "target", "n")} == {"attacked": "own", "target": 0, "n": 40}
+    assert flat["asr"] == 0.8
+    assert flat["asr_clean_merge"] == 3 / 40
+    assert flat["accuracy_other"] == 29 / 40
+    assert flat["ca"] == pytest.approx((35 + 34) / 80)
+    assert all(isinstance(value, float | int | str) for value in flat.values())
+
+
+@pytest.mark.parametrize("hits_n", [(0, 0), (3, 2), (-1, 2)])
+def test_a_rate_is_out_of_something(hits_n):
+    with pytest.raises(ValueError, match="must be"):
+        Rate(*hits_n)
+
+
+@pytest.mark.parametrize("target", [-1, 1.5, True, "0", 7])
+def test_a_target_that_is_no_class_is_refused_for_class_indices_too(target):
+    with pytest.raises(RangeError, match="target must be a class"):
+        attack_success_rate(lambda x: x.argmax(1), EYE, LABELS, target=target, trigger=identity)
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_is_at_least_one(batch):
+    with pytest.raises(RangeError, match="batch must be at least 1"):
+        accuracy(identity, EYE, LABELS, batch=batch)
+
+
+def test_class_indices_are_integers():
+    with pytest.raises(MismatchError, match="logits"):
+        accuracy(lambda x: x.sum(1), EYE, LABELS)
+
+
+def test_numbers_that_are_nan_are_refused():
+    nan = float("nan")
+    for call in (lambda: roc([nan], [0.1]), lambda: roc([0.1], [nan]), lambda: estimate([0.1, nan])):
+        with pytest.raises(NonFiniteError, match="got NaN"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (6, 2.447), (7, 2.365), (8, 2.306), (9, 2.262),
+     (10, 2.228), (15, 2.131), (30, 2.042), (120, 1.980)],
+)  # fmt: skip
+def test_intervals_take_the_quantiles_of_students_t(freedom, t):
+    values = [0.0] * freedom + [1.0]
+    n = len(values)
+    deviation = (sum((v - 1 / n) ** 2 for v in values) / freedom) ** 0.5
+    assert estimate(values).half == pytest.approx(t * deviation / n**0.5, rel=3e-4)
+
+
+def test_a_predictor_runs_the_module_with_other_parameters_in_evaluation_mode():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)).train()
+    predict = predictor(module)
+    x = torch.randn(5, 2)
+    found = predict({"0.weight": torch.eye(2), "0.bias": torch.ones(2)}, x)
+    assert torch.equal(found, x + 1)
+    assert not torch.equal(module(x), found)  # its own weights are as they were
+    assert (
+        accuracy(
+            partial(predict, {"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}), torch.eye(2), torch.arange(2)
+        ).hits
+        == 2
+    )
+
+
+def test_recalibrate_keeps_the_statistics_where_it_fails():
+    for batches in ([], [torch.randn(8, 3), torch.randn(8, 5)]):
+        norm = nn.BatchNorm1d(3)
+        norm(torch.randn(16, 3))
+        before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        with pytest.raises((DegenerateError, ValueError, RuntimeError)):
+            recalibrate(norm, batches)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+        assert (norm.momentum, norm.training) == (0.1, True)
+
+
+def test_a_sweep_without_a_score_gives_the_models():
+    assert sweep([0.0, 0.5], lambda s: 2 * s) == {0.0: 0.0, 0.5: 1.0}
 
 
 def test_recalibrate_measures_the_statistics_and_leaves_the_rest():

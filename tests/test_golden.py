@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from taskvec import TaskVector, merge, presets
-from taskvec.merges import magmax, mean, ties, weighted
+from taskvec.merges import magmax, mean, model_stock, slerp, ties, weighted
 from taskvec.rules import Place
 from taskvec.sparsify import band, drop, rank_drop, topk
-from taskvec.sphere import model_stock, slerp
 
 FOLDER = Path(__file__).parent / "golden"
 CLOSE = 2e-6

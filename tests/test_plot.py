@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taskvec import plot
-from taskvec._errors import DegenerateError, MismatchError, OptionError
+from taskvec.errors import DegenerateError, MismatchError, OptionError
 
 
 def test_heat_maps_show_every_number_in_its_place():

@@ -16,8 +16,8 @@ from taskvec import BackdoorVector, TaskVector, merge
 from taskvec.attacks import sparse_backdoor
 from taskvec.attacks.triggers import random_patch, stamp
 from taskvec.defenses import random_twin
-from taskvec.evaluate import accuracy, attack_success_rate, sweep
 from taskvec.merges import total
+from taskvec.metrics import accuracy, attack_success_rate, sweep
 
 pytestmark = pytest.mark.slow
 

@@ -1,33 +1,37 @@
 """The exact k-th magnitude: against a sort, through every branch of the search, and with ties taken fairly."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import lazy
 from torch import Tensor
 
-from taskvec import TaskVector, _lazy, _select, rules, testing
-from taskvec._lazy import Lazy
-from taskvec._select import EVERYTHING, NOTHING, cut_largest, kept, magnitude_bits, sorted_rows
-from taskvec.rules import Place, over
+from taskvec import TaskVector, testing
+from taskvec._engine import pieces, select
+from taskvec._engine.select import EVERYTHING, LOW, NOTHING, Cuts, kept, largest, magnitudes, ranked_columns, turns_of
+from taskvec.rules import HERE, Place
 from taskvec.sparsify import band, topk
 
 COUNT = 3000
-SIZES = [(1, 1, 3000), (7, 16, 3000), (100, 64, 150)]  # held, sampled, in a block
+SIZES = [(1, 4, 3000), (7, 16, 3000), (100, 64, 150), (1 << 16, 64, 3000)]  # collected at once, in a run, in a block
 
 
-def made_small(monkeypatch: pytest.MonkeyPatch, held: int, sampled: int, block: int) -> None:
-    """Three thousand entries are many: not all can be held, nor all blocks sampled."""
-    monkeypatch.setattr(_select, "HELD", held)
-    monkeypatch.setattr(_select, "SAMPLE", sampled)
-    monkeypatch.setattr(_select, "BLOCKS_SAMPLED", 4)
-    monkeypatch.setattr(_select, "BLOCK", block)
-    for module in (rules, _lazy):
-        monkeypatch.setattr(module, "block_size", lambda _: block)
+def made_small(monkeypatch: pytest.MonkeyPatch, small: int, run: int, block: int) -> None:
+    """Three thousand entries are many: they must be sampled, in short runs."""
+    monkeypatch.setattr(select, "SMALL", small)
+    monkeypatch.setattr(pieces, "RUN", run)
+    monkeypatch.setattr(pieces, "BLOCK", block)
+
+
+def cuts(n: int, entries: int, keep: int, with_equals: bool = False):
+    return (yield from largest(n, entries, keep, with_equals=with_equals))
+
+
+def trimmed(x: Tensor, keep: int, *, with_equals: bool = False) -> Tensor:
+    return HERE.take(cuts, x[None], keep, with_equals).keep(x[None], HERE)[0]
 
 
 def random(seed: int = 0, count: int = COUNT) -> Tensor:
@@ -64,6 +68,7 @@ DATA: dict[str, Callable[[], Tensor]] = {
     "mostly equal, ends far": one_value_and_others,
     "double": lambda: random().double() + 1e-12 * random(7).double(),
     "double with ties": lambda: few_values().double(),
+    "double, all equal": lambda: torch.full((COUNT,), -0.25, dtype=torch.float64),
 }
 # fmt: on
 
@@ -82,7 +87,8 @@ def test_a_cut_keeps_the_largest_and_exactly_so_many(kind, sizes, monkeypatch):
     made_small(monkeypatch, *sizes)
     x = DATA[kind]()
     for keep in (0, 1, 600, COUNT - 1, COUNT):
-        check_kept(x, cut_largest(over(x, stacked=False), keep).keep(x, Place()), keep)
+        check_kept(x, trimmed(x, keep), keep)
+        check_kept(x, TaskVector({"x": x}).map(topk, density=keep / COUNT)["x"], keep)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x.clone(), lambda x: -x, lambda x: x.flip(0), lambda x: x * 0])
@@ -98,36 +104,78 @@ def test_the_check_of_a_cut_can_fail(spoil):
 def test_every_branch_of_the_search_has_run(monkeypatch):
     """The cases above would prove less if some never came up."""
     seen: set[str] = set()
-    guess, count = _select._guess, _select._count
+    ranked = select._ranked
 
-    def watched_guess(total: Any, keys: Any, low: int, high: int, fraction: float, inside: int) -> tuple[int, int]:
-        found = guess(total, keys, low, high, fraction, inside)
-        halves = {(low + (high - low) // 2 + 1, high): "upper half", (low, (low + high) // 2): "lower half"}
-        seen.add(halves.get(found, "narrower" if found != (low, high) else "no narrower"))
+    def watched(parts, rank, bracket):
+        found = ranked(parts, rank, bracket)
+        low, high = bracket
+        seen.add("everything" if (low, high) == (0, select.TOP) else "one key" if low == high else "bracket")
+        seen.add("double" if parts[0].wide else "single")
         return found
 
-    def watched_count(total: Any, keys: Any, low: int, high: int) -> Any:
-        found = count(total, keys, low, high)
-        seen.add("held" if found[3] is not None else "one value" if low == high else "too many")
-        return found
-
-    monkeypatch.setattr(_select, "_guess", watched_guess)
-    monkeypatch.setattr(_select, "_count", watched_count)
+    monkeypatch.setattr(select, "_ranked", watched)
     for sizes in SIZES:
         made_small(monkeypatch, *sizes)
         for make in DATA.values():
-            x = make()
-            cut_largest(over(x, stacked=False), 600)
-    assert seen == {"held", "one value", "too many", "narrower", "upper half", "lower half"}
+            TaskVector({"x": make()}).map(topk, density=0.2)
+    assert seen == {"everything", "one key", "bracket", "double", "single"}
+
+
+@pytest.mark.parametrize("kind", ["random", "few values", "double", "double with ties"])
+def test_a_sample_that_lies_costs_a_pass_and_nothing_else(kind, monkeypatch):
+    made_small(monkeypatch, 1, 16, 3000)
+    sample, ranked, missed = select._sample, select._ranked, []
+
+    def watched(*args):
+        found = ranked(*args)
+        missed.append(found is None)
+        return found
+
+    monkeypatch.setattr(select, "_sample", lambda *args: [keys // 3 for keys in sample(*args)])
+    monkeypatch.setattr(select, "_ranked", watched)
+    x = DATA[kind]()
+    check_kept(x, trimmed(x, 600), 600)
+    assert any(missed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_devices_take_the_same_keys(dtype, monkeypatch):
+    """What runs where there is no numpy, run here: the same cut, and the same order of rows."""
+    x, at = half_differences().to(dtype), Place(12345, 1 << 20)
+    wanted = HERE.take(cuts, x[None], 700).keys, ranked_columns(x.reshape(30, 100), at)
+    own_turns, own_magnitudes = select.turns_of, select.magnitudes
+
+    def turns_elsewhere(at: Place, count: int, _: torch.device) -> Tensor:
+        return (torch.arange(count) * select.TURN + ((at.start * select.TURN + at.key) & LOW)) & LOW
+
+    def magnitudes_elsewhere(x: Tensor) -> Tensor:
+        return torch.from_numpy(own_magnitudes(x).astype("int64"))
+
+    assert torch.equal(turns_elsewhere(at, 50, x.device), torch.from_numpy(own_turns(at, 50, x.device).astype("int64")))
+    monkeypatch.setattr(select, "turns_of", turns_elsewhere)
+    monkeypatch.setattr(select, "magnitudes", magnitudes_elsewhere)
+    if dtype == torch.float32:
+        monkeypatch.setattr(select, "_bracketed", without_the_short_cut)
+    found = HERE.take(cuts, x[None], 700).keys, ranked_columns(x.reshape(30, 100), at)
+    assert found[0] == wanted[0]
+    assert torch.equal(found[1], wanted[1])
+
+
+def without_the_short_cut(row, at, bracket, equal):
+    keys = select._keys(row, at, equal)
+    inside = (keys >= bracket[0]) & (keys <= bracket[1])
+    count = int(inside.sum())
+    return select.Inside(int((keys > bracket[1]).sum()), count, select._on_host(keys[inside]), at.key, False)
 
 
 # ties
 
 
-@pytest.mark.parametrize("held", [1, 1 << 21])
-def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(held, monkeypatch):
-    made_small(monkeypatch, held, 64, 100)
-    x = torch.full((1000,), -2.0)
+@pytest.mark.parametrize("small", [1, 1 << 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(dtype, small, monkeypatch):
+    made_small(monkeypatch, small, 64, 100)
+    x = torch.full((1000,), -2.0, dtype=dtype)
     x[::10] = 5.0
     result = topk(x, 0.35)
     assert int((result == 5).sum()) == 100
@@ -136,8 +184,23 @@ def test_of_equal_magnitudes_exactly_as_many_are_kept_as_are_missing(held, monke
 
 def test_all_equal_magnitudes_are_kept_where_asked_for():
     x = torch.tensor([1.0, -2.0, 2.0, 2.0, 3.0, 0.5])
-    cut = cut_largest(over(x, stacked=False), 2, with_equals=True)
-    assert cut.keep(x, Place()).tolist() == [0, -2, 2, 2, 3, 0]
+    assert trimmed(x, 2, with_equals=True).tolist() == [0, -2, 2, 2, 3, 0]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 100, 299, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entries_of_several_names_with_one_turn_are_told_apart_by_the_name(dtype, keep):
+    """Keys of names that agree in their lower half give their entries the same turns."""
+    places = [Place(7 + (i << 32)) for i in range(3)]
+    blocks = [torch.ones(1, 100, dtype=dtype) for _ in places]
+    passes = largest(1, 300, keep)
+    try:
+        look = next(passes)
+        while True:
+            look = passes.send([look.f(x, at, *look.args) for x, at in zip(blocks, places, strict=True)])
+    except StopIteration as end:
+        found = [end.value.keep(x, at) for x, at in zip(blocks, places, strict=True)]
+    assert sum(int(x.count_nonzero()) for x in found) == keep
 
 
 def test_equal_magnitudes_are_taken_evenly_along_a_tensor_and_among_tensors():
@@ -154,18 +217,13 @@ def test_the_choice_among_equals_depends_on_the_name():
     assert not torch.equal(*kept_of)
 
 
-def pieces_of(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-    return tensors[name].reshape(-1)[start:stop]
-
-
-@pytest.mark.parametrize("held", [50, 1 << 21])
+@pytest.mark.parametrize("small", [50, 1 << 16])
 @pytest.mark.parametrize("size", [17, 256, 100_000])
-def test_the_choice_does_not_depend_on_the_blocks(size, held, monkeypatch):
+def test_the_choice_does_not_depend_on_the_blocks(size, small, monkeypatch):
     tensors = {"b": half_differences().reshape(50, 60), "a": few_values(), "c": torch.ones(())}
     wanted = TaskVector(tensors).map(topk, density=0.4)
-    made_small(monkeypatch, held, 100, size)
-    streamed = Lazy({name: x.to("meta") for name, x in tensors.items()}, partial(pieces_of, tensors))
-    for source in (tensors, streamed):
+    made_small(monkeypatch, small, 16, size)
+    for source in (tensors, lazy(tensors)):
         found = TaskVector(source).map(topk, density=0.4)
         assert all(testing.same_bits(found[name], wanted[name]) for name in tensors)
     assert sum(int(x.count_nonzero()) for x in wanted.values()) == round(0.4 * 6001)
@@ -224,37 +282,43 @@ def test_a_cut_keeps_a_threshold_and_drops_the_next_smaller_number(threshold, dt
     at = torch.tensor([threshold, -threshold], dtype=dtype)
     below = torch.nextafter(at, torch.zeros((), dtype=dtype))
     x = torch.cat([at, below, at, below])
-    kept = cut_largest(over(x, stacked=False), 4).keep(x, Place())
-    assert torch.equal(kept, torch.cat([at, below * 0, at, below * 0]))
+    assert torch.equal(trimmed(x, 4), torch.cat([at, below * 0, at, below * 0]))
 
 
 @given(testing.tensors())
 def test_everything_and_nothing_are_new_tensors(x):
-    for cut, wanted in ((EVERYTHING, x), (NOTHING, torch.zeros_like(x))):
-        found = cut.keep(x, Place())
+    for key, wanted in ((EVERYTHING, x), (NOTHING, torch.zeros_like(x))):
+        found = Cuts((key,)).keep(x[None], HERE)[0]
         assert testing.same_bits(found, wanted)
         assert found.data_ptr() != x.data_ptr()
 
 
-@given(testing.tensors())
+@given(testing.tensors(dtype=torch.float32) | testing.tensors(dtype=torch.float64))
 def test_the_order_of_magnitude_bits_is_the_order_of_magnitudes(x):
-    bits, sizes = magnitude_bits(x).flatten(), x.abs().flatten()
+    bits, sizes = torch.from_numpy(magnitudes(x.flatten()).astype("int64")), x.abs().flatten()
     assert torch.equal(bits[:, None] < bits, sizes[:, None] < sizes)
 
 
 @given(testing.tensors())
-def test_sorted_rows_go_from_the_largest_to_the_smallest(x):
+def test_ranked_columns_go_from_the_smallest_to_the_largest(x):
     rows = x.reshape(len(x) if x.ndim > 1 else 1, -1)
-    order = sorted_rows(x, Place())
+    order = ranked_columns(rows, HERE)
     assert torch.equal(order.sort(1).values, torch.arange(rows.shape[1]).expand_as(order))
-    assert torch.equal(rows.abs().gather(1, order), rows.abs().sort(1, descending=True).values)
+    assert torch.equal(rows.abs().gather(1, order), rows.abs().sort(1).values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_entries_of_a_row_come_in_the_random_order_of_their_place(dtype):
-    rows = torch.ones(2, 50, dtype=dtype)
-    order = Place(5, 100).order(rows == 1).reshape(2, 50)
-    assert torch.equal(sorted_rows(rows, Place(5, 100)), order.argsort(1))
+def test_equal_entries_of_a_row_come_in_the_order_of_their_turns():
+    rows, at = torch.ones(2, 64, dtype=torch.float64), Place(5, 128)
+    turns = torch.from_numpy(turns_of(at, 128, rows.device).astype("int64")).reshape(2, 64)
+    assert torch.equal(ranked_columns(rows, at), turns.argsort(1))
+    single = ranked_columns(rows.float(), at)  # the lowest bits of a turn make room for the column
+    assert torch.equal(single, (turns >> 6).argsort(dim=1, stable=True))
+
+
+def test_turns_of_a_tensor_all_differ_and_are_spread_evenly():
+    turns = torch.from_numpy(turns_of(Place(99), 1 << 16, torch.device("cpu")).astype("int64"))
+    assert len(turns.unique()) == 1 << 16
+    assert torch.bincount(turns >> 24, minlength=256).sub(256).abs().max() <= 4
 
 
 # NaN and inf

@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from taskvec import TaskVector, merge
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError
+from taskvec.errors import DegenerateError, MismatchError, NonFiniteError
 from taskvec.merges import weighted
-from taskvec.similarity import (
-    by_layer,
-    coefficients,
-    cosine_matrix,
-    projection,
-    sign_agreement,
-    spectrum,
-    support_overlap,
-)
+from taskvec.metrics import by_layer, coefficients, cosine_matrix, projection, sign_agreement, spectrum, support_overlap
 from taskvec.sparsify import topk
 
 
@@ -118,3 +110,10 @@ def test_a_measure_by_layer_is_that_of_the_parts():
     assert torch.equal(found["blocks.0"], cosine_matrix([v.select("blocks.0.*") for v in vectors]))
     whole = by_layer(cosine_matrix, vectors, layer=lambda name: "all")
     assert torch.equal(whole["all"], cosine_matrix(vectors))
+
+
+def test_signs_and_supports_of_what_is_not_finite_are_refused_by_name():
+    vectors = [TaskVector({"fine": torch.ones(3), "bad": torch.tensor([1.0, x])}) for x in (2.0, float("nan"))]
+    for measure in (sign_agreement, support_overlap, cosine_matrix):
+        with pytest.raises(NonFiniteError, match="'bad' holds NaN or inf"):
+            measure(vectors)

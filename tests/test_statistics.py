@@ -6,9 +6,9 @@ from torch import nn
 from torch.func import functional_call
 
 from taskvec import TaskVector, load, merge
-from taskvec._errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
-from taskvec.adaptive import Adapter, adamerging, repaired, surgery
-from taskvec.statistics import linear_grams, regmean
+from taskvec.calibration import Adapter, adamerging, linear_grams, repaired, surgery
+from taskvec.errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
+from taskvec.merges import regmean
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -214,3 +214,15 @@ def test_surgery_starts_as_nothing_and_brings_features_back():
     with pytest.raises(RangeError):
         surgery(lambda x: x, lambda x: x, lambda: iter([x]), rank=0)
     assert isinstance(adapter, Adapter)
+
+
+def test_statistics_of_nothing_and_of_nan_are_refused():
+    layer = torch.nn.Linear(2, 1).eval()
+    with pytest.raises(DegenerateError, match="every batch is empty"):
+        linear_grams(layer, dict(layer.named_parameters()), [torch.empty(0, 2)])
+    nan = torch.full((3, 4), float("nan"))
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        surgery(lambda _: nan, lambda _: nan, lambda: iter([nan]), rank=1, steps=1)
+    stack, gram = torch.ones(2, 1, 2), torch.eye(2)
+    with pytest.raises(NonFiniteError, match="Gram matrix"):
+        regmean(stack, [gram, gram * float("nan")])

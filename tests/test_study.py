@@ -21,7 +21,7 @@ from suite import attacks, bench, cache, data, defences, handed, study_tables, z
 sys.path.pop(0)
 
 from taskvec import TaskVector
-from taskvec.similarity import coefficients
+from taskvec.metrics import coefficients
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taskvec.attacks.badmerging import universal_trigger
+from taskvec.attacks import universal_trigger
 from taskvec.attacks.triggers import Patch, random_patch, stamp
-from taskvec.evaluate import attack_success_rate
+from taskvec.metrics import attack_success_rate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
 

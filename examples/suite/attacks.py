@@ -13,11 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taskvec import BackdoorVector, TaskVector, merge
-from taskvec.attacks.badmerging import Pair, adversarial_crops, badmerging_loss, prototype_head, universal_trigger
-from taskvec.attacks.optimised import most_connected, trojan_trigger
+from taskvec.attacks import (
+    Pair,
+    adversarial_crops,
+    badmerging_loss,
+    most_connected,
+    prototype_head,
+    trojan_trigger,
+    universal_trigger,
+)
 from taskvec.attacks.triggers import Patch, blend, dynamic, random_patch, stamp, warp, warp_field
-from taskvec.evaluate import Measurement, measure
 from taskvec.merges import total
+from taskvec.metrics import Measurement, measure
 
 from . import cache as disk
 from . import data, judge, zoo

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from taskvec import BackdoorVector, TaskVector
 from taskvec.attacks.triggers import Patch, stamp
-from taskvec.defenses import injection_subtraction, random_twin, shrink, shuffled_twin, strength, weight_average
-from taskvec.evaluate import Measurement, Rate, accuracy, attack_success_rate, measure, sweep
+from taskvec.defenses import choose_strength, injection_subtraction, random_twin, shrink, shuffled_twin, weight_average
+from taskvec.metrics import Measurement, Rate, accuracy, attack_success_rate, measure, sweep
 
 from .data import Split
 from .judge import WHOLE, Model, Predict, model
@@ -184,7 +184,7 @@ def chosen(defence: Defence, points: Mapping[float, Point]) -> float:
     if not defence.strengths or defence.name == "WAG":
         return max(defence.strengths, default=0.0)
     accuracies = {by: point.accuracy for by, point in points.items()}
-    return strength(accuracies, undefended=accuracies[0.0], keep=KEEP)
+    return choose_strength(accuracies, undefended=accuracies[0.0], keep=KEEP)
 
 
 def cell(bench: Bench, attack: Attack, combine: Combine, defence: Defence, by: float) -> Measurement:

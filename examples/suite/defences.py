@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taskvec import BackdoorVector, TaskVector, defenses, merge
 from taskvec.merges import mean
-from taskvec.similarity import by_layer
+from taskvec.metrics import by_layer
 
 from . import attacks, data, zoo
 from . import cache as disk
@@ -177,8 +177,8 @@ def robustness(scene: Scene, by: float) -> Params:
 
 def clipping(scene: Scene, by: float) -> Params:
     own = list(scene.vectors.values())
-    limit = (1 - by) * sorted(float(vector.norm()) for vector in own)[len(own) // 2]
-    return instead(scene, dict(zip(scene.vectors, defenses.clip_norms(own, limit), strict=True)))
+    clipped = defenses.clip_norms(own, 1 / (1 - by))  # at (1 - by) times the median norm
+    return instead(scene, dict(zip(scene.vectors, clipped, strict=True)))
 
 
 def mixing(scene: Scene, by: float) -> Params:
@@ -211,7 +211,10 @@ def found(
     """The contributors that a bank flags, and its probes of the classes that they are flagged for."""
     tasks = list(vectors)
     flags = defenses.flagged(defenses.bank_scores(vectors.values(), own))
-    return {tasks[i]: [probe for j, label in flags if j == i for probe in own[label]] for i, _ in flags}
+    probes_of: dict[str, list[BackdoorVector]] = {}
+    for flag in flags:
+        probes_of.setdefault(tasks[flag.contributor], []).extend(own[flag.label])
+    return probes_of
 
 
 def leaving_out(scene: Scene, by: float) -> Params:

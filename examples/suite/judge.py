@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from taskvec.adaptive import Adapter, repaired
+from taskvec.calibration import Adapter, repaired
 
 from .cache import digest
 from .heads import logits

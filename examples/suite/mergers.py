@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from taskvec import TaskVector, merge
-from taskvec.adaptive import adamerging, surgery
-from taskvec.merges import dare, mean, ties, total
-from taskvec.statistics import linear_grams, regmean
+from taskvec.calibration import adamerging, linear_grams, surgery
+from taskvec.merges import dare, mean, regmean, ties, total
 
 from . import cache, data, zoo
 from .attacks import embed, head_of

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import taskvec
-from taskvec.evaluate import Measurement, Rate
-from taskvec.intervals import Estimate
+from taskvec.metrics import Estimate, Measurement, Rate
 
 from .cache import Json, write
 

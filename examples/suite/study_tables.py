@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from taskvec import plot
-from taskvec.intervals import Estimate, clustered
+from taskvec.metrics import Estimate, clustered
 
 from .bench import Point, shrunk_to
 from .defences import DEFENCES, TWINS

@@ -9,22 +9,47 @@ merge(vectors, ties, density=0.2).apply(base)
 """
 
 from . import attacks as attacks
+from . import calibration as calibration
 from . import defenses as defenses
-from . import evaluate as evaluate
-from . import intervals as intervals
+from . import errors as errors
 from . import merges as merges
+from . import metrics as metrics
 from . import presets as presets
 from . import rules as rules
 from . import signs as signs
-from . import similarity as similarity
 from . import sparsify as sparsify
-from . import sphere as sphere
-from ._errors import TaskvecError as TaskvecError
-from .backdoor import BackdoorVector as BackdoorVector
-from .checkpoint import load as load
-from .merging import merge as merge
-from .vector import TaskVector as TaskVector
-from .vector import rounding_loss as rounding_loss
-from .writer import save as save
+from ._files.load import load as load
+from ._files.save import save as save
+from ._vectors.backdoor import BackdoorVector as BackdoorVector
+from ._vectors.merge import merge as merge
+from ._vectors.model import rename as rename
+from ._vectors.model import select as select
+from ._vectors.vector import TaskVector as TaskVector
+from ._vectors.vector import rounding_loss as rounding_loss
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackdoorVector",
+    "TaskVector",
+    "attacks",
+    "calibration",
+    "defenses",
+    "errors",
+    "load",
+    "merge",
+    "merges",
+    "metrics",
+    "presets",
+    "rename",
+    "rounding_loss",
+    "rules",
+    "save",
+    "select",
+    "signs",
+    "sparsify",
+]
+
+
+def __dir__() -> list[str]:  # completion shows what is public
+    return __all__

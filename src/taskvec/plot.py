@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from ._errors import DegenerateError, MismatchError, OptionError
-from .intervals import estimate
+from .errors import DegenerateError, MismatchError, OptionError
+from .metrics import estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def heat_map(
         MismatchError: not one name a row and column.
         OptionError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> heat_map(torch.eye(2), ["a", "b"]).get_images()[0].get_array().shape
         (2, 2)
@@ -87,7 +87,7 @@ def curve(
         DegenerateError: no lines, or a point without values.
         OptionError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> axes = curve({"vits": {0.0: [0.1, 0.2], 1.0: [0.9, 1.0]}})
         >>> len(axes.get_lines())
         1
@@ -130,7 +130,7 @@ def front(
         DegenerateError: nothing to draw.
         OptionError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> axes = front({"shrinking": [(0.80, 0.9), (0.78, 0.5)]}, undefended=(0.8, 1.0), limit=0.784)
         >>> axes.get_xlabel(), axes.get_ylabel()
         ('accuracy', 'ASR')
@@ -166,7 +166,7 @@ def strip(groups: Mapping[str, Sequence[float]], *, xlabel: str = "", axes: "Axe
         DegenerateError: nothing to draw.
         OptionError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> axes = strip({"clean": [0.1, 0.2], "BadNets": [0.4]}, xlabel="score")
         >>> [label.get_text() for label in axes.get_yticklabels()]
         ['clean', 'BadNets']

@@ -50,3 +50,7 @@ kept."""
 
 dare_mergekit = partial(dare, rescale="l1")
 """mergekit: the L1 norm of each tensor is restored, in place of dividing by the density."""
+
+
+def __dir__() -> list[str]:  # completion shows what is public
+    return __all__

@@ -1,28 +1,31 @@
-"""Sparsifiers: leaves, `(*shape) -> (*shape)`, that set entries to zero.
+"""Sparsifiers: functions of one tensor, `(*shape) -> (*shape)`, that set entries to zero.
 
-All of them are odd (`f(-x) == -f(x)`), keep the dtype and never touch their input. For `scope`, see `taskvec.rules`;
-a plain tensor is its own globe.
+All of them are odd (`f(-x) == -f(x)`), keep the dtype and never change their input. For `scope`, see `taskvec.rules`;
+a tensor given to such a function directly is its own scope.
 """
 
-from functools import partial
-from typing import Literal, TypeAlias
+from collections.abc import Generator
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._errors import RangeError
-from ._random import bernoulli
-from ._select import (
+from ._engine.pieces import HERE, Look, Place
+from ._engine.select import (
     EVERYTHING,
     Count,
-    Cut,
+    Cuts,
     check_density,
-    cut_largest,
     kept,
-    sorted_rows,
+    largest,
+    masked,
+    ranked_columns,
 )
-from ._types import Leaf
-from .rules import Place, Scope, Total, numbers_in, over, row_length, runs, sum64
+from ._engine.sources import spec_of
+from ._engine.totals import lockstep, numbers_in, over, sum64
+from .errors import OptionError, RangeError
+from .rules import Scope, runs
 
 __all__ = ["above", "band", "drop", "rank_drop", "topk"]
 
@@ -30,28 +33,23 @@ Rescale: TypeAlias = Literal["density", "l1"] | None
 """What a random drop multiplies the survivors by: one over the probability to survive, the ratio of the L1 norms
 before and after, or nothing."""
 
+Passes: TypeAlias = Generator[Look, list[Any], Any]
 
-def topk_cut(total: Total, density: float, count: Count = "round") -> Cut:
-    """The statistic of `topk`: which magnitudes are kept over the scope."""
+
+def topk_cuts(n: int, entries: int, density: float, count: Count = "round") -> Passes:
+    """A statistic: which magnitudes of each vector are kept over the scope."""
     if check_density(density) == 1:
-        return EVERYTHING  # no statistic: NaN may flow
-    return cut_largest(total, kept(density, total.entries, count), with_equals=count == "reference")
+        return Cuts((EVERYTHING,) * n)  # no pass: NaN may flow
+    return (yield from largest(n, entries, kept(density, entries, count), with_equals=count == "reference"))
 
 
-@runs("element", cut=topk_cut)
-def topk(
-    x: Tensor,
-    density: float,
-    *,
-    scope: Scope = "global",
-    count: Count = "round",
-    cut: Cut | None = None,
-    at: Place = Place(),  # noqa: B008
-) -> Tensor:
+@runs("element", topk_cuts)
+def topk(x: Tensor, density: float, *, scope: Scope = "global", count: Count = "round", at: Place = HERE) -> Tensor:
     """Keep the entries of largest magnitude: the trim of TIES.
 
     Exactly `round(density * n)` of the n entries in the scope are kept. Equal magnitudes at the threshold, common among
-    differences of bfloat16 weights, are taken in a random order that depends on the tensor's name and the index only.
+    differences of bfloat16 weights, are taken in an order that is spread evenly over the tensor and depends on its name
+    and on nothing else.
 
     Args:
         x: `(*shape)`, any float dtype.
@@ -59,8 +57,6 @@ def topk(
         scope: `"global"` over all names of the call (the TIES paper), `"tensor"`, or `"row"`.
         count: `"round"`, `"floor"` (mergekit, PEFT) or `"reference"` (the original TIES code: a threshold, so one
             more entry and all that are equal).
-        cut: handed in by the engine.
-        at: handed in by the engine.
 
     Returns:
         `(*shape)`, the dtype of `x`, zeros elsewhere.
@@ -69,30 +65,30 @@ def topk(
         RangeError: density outside [0, 1].
         NonFiniteError: NaN or inf, where density is below 1.
 
-    Example:
+    Examples:
         >>> topk(torch.tensor([0.1, -3.0, 2.0, 0.5]), 0.5)
         tensor([ 0., -3.,  2.,  0.])
 
-    Reference:
-        Yadav et al., TIES-Merging, 2023, https://arxiv.org/abs/2306.01708
+    References:
+        [Yadav et al., TIES-Merging, 2023](https://arxiv.org/abs/2306.01708)
     """
-    if scope == "row":
-        check_density(density)
-        length = row_length(x)
-        keep = kept(density, length, count)
-        if keep >= length:
-            return x.clone()
-        if count == "reference":
-            raise RangeError("count='reference' reproduces a threshold over a whole vector; it has no scope='row'")
-        return _keep_ranks(x, at, 0, keep)
-    if cut is None:
-        cut = topk_cut(over(x, at, stacked=False), density, count)
-    return cut.keep(x, at)
+    if scope != "row":
+        return at.take(topk_cuts, x[None], density, count).keep(x[None], at)[0]
+    check_density(density)
+    length = spec_of(x).row
+    keep = kept(density, length, count)
+    if keep >= length:
+        return x.clone()
+    if count == "reference":
+        raise RangeError("count='reference' reproduces a threshold over a whole vector; it has no scope='row'")
+    return _keep_ranks(x, at, 0, keep)
 
 
 @runs("element")
 def above(x: Tensor, threshold: float) -> Tensor:
     """Keep the entries whose magnitude is at least a threshold.
+
+    NaN stays.
 
     Args:
         x: `(*shape)`, any float dtype.
@@ -104,22 +100,22 @@ def above(x: Tensor, threshold: float) -> Tensor:
     Raises:
         RangeError: a negative threshold.
 
-    Example:
+    Examples:
         >>> above(torch.tensor([0.1, -3.0, 2.0]), 2.0)
         tensor([ 0., -3.,  2.])
     """
     if not threshold >= 0:
-        raise RangeError(f"threshold is a magnitude, at least 0, not {threshold!r}")
-    return _keep(x, x.abs() >= threshold)
+        raise RangeError(f"threshold must be a magnitude, at least 0; got {threshold!r}")
+    return masked(x, ~(x.abs() < threshold))
 
 
-def band_cuts(total: Total, density: float, outliers: float, count: Count = "round") -> tuple[Cut, Cut]:
-    """The statistic of `band`: the cut below which all is dropped, and the one above which all is."""
-    top, keep = _band_ranks(total.entries, density, outliers, count)
-    return cut_largest(total, top + keep), cut_largest(total, top)
+def band_cuts(n: int, entries: int, density: float, outliers: float, count: Count = "round") -> Passes:
+    """A statistic: the cuts below which all is dropped, and those above which all is."""
+    top, keep = _band_ranks(entries, density, outliers, count)
+    return (yield from lockstep(largest(n, entries, top + keep), largest(n, entries, top)))
 
 
-@runs("element", cuts=band_cuts)
+@runs("element", band_cuts)
 def band(
     x: Tensor,
     density: float,
@@ -127,8 +123,7 @@ def band(
     *,
     scope: Scope = "row",
     count: Count = "round",
-    cuts: tuple[Cut, Cut] | None = None,
-    at: Place = Place(),  # noqa: B008
+    at: Place = HERE,
 ) -> Tensor:
     """Drop the largest magnitudes, then keep the next ones: the mask of Model Breadcrumbs.
 
@@ -141,8 +136,6 @@ def band(
         outliers: fraction dropped at the top, in [0, 1].
         scope: `"row"` as in the authors' code, `"tensor"` (mergekit) or `"global"`.
         count: `"round"` or `"floor"` (the authors' code, mergekit).
-        cuts: handed in by the engine.
-        at: handed in by the engine.
 
     Returns:
         `(*shape)`, the dtype of `x`.
@@ -151,61 +144,82 @@ def band(
         RangeError: a fraction outside [0, 1].
         NonFiniteError: NaN or inf.
 
-    Example:
+    Examples:
         >>> band(torch.tensor([9.0, -3.0, 2.0, 0.5]), density=0.5, outliers=0.25)
         tensor([ 0., -3.,  2.,  0.])
 
-    Reference:
-        Davari and Belilovsky, Model Breadcrumbs, 2023, https://arxiv.org/abs/2312.06795
+    References:
+        [Davari and Belilovsky, Model Breadcrumbs, 2023](https://arxiv.org/abs/2312.06795)
     """
+    return band_of_each(x[None], density, outliers, scope, count, at)[0]
+
+
+def band_of_each(stack: Tensor, density: float, outliers: float, scope: Scope, count: Count, at: Place) -> Tensor:
+    """`band` of every vector of a stack."""
     if scope == "row":
-        top, keep = _band_ranks(row_length(x), density, outliers, count)
-        return _keep_ranks(x, at, top, top + keep)
-    if cuts is None:
-        cuts = band_cuts(over(x, at, stacked=False), density, outliers, count)
-    within, outside = cuts
-    return within.keep(x, at) - outside.keep(x, at)  # what both keep is zero, exactly
+        top, keep = _band_ranks(spec_of(stack[0]).row, density, outliers, count)
+        return torch.stack([_keep_ranks(x, at, top, top + keep) for x in stack])
+    within, outside = at.take(band_cuts, stack, density, outliers, count)
+    return within.keep(stack, at).sub_(outside.keep(stack, at))  # what both keep is zero, exactly
 
 
 def _band_ranks(entries: int, density: float, outliers: float, count: Count) -> tuple[int, int]:
     if count == "reference":
-        raise RangeError("count is 'round' or 'floor' for a band")
+        raise RangeError("count must be 'round' or 'floor' for a band; got 'reference'")
     check_density(outliers, "outliers")
     top = kept(outliers, entries, count)
     return top, min(kept(density, entries, count), entries - top)
 
 
-def l1_factor(total: Total, density: float, seed: int, rescale: Rescale = "density") -> float | None:
-    """The statistic of `drop`: the L1 norm before over the one after, where that is the rescaling asked for."""
-    return _l1_ratio(total, partial(drop, density=density, seed=seed, rescale=None)) if rescale == "l1" else None
+def check_seed(seed: int) -> int:
+    """The seed, refused unless it is an integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"seed must be an integer; got {seed!r}; use one number for all vectors, such as seed=0")
+    return int(seed)
 
 
-def rank_l1_factor(
-    total: Total, density: float, epsilon: float, seed: int, rescale: Rescale = "density"
-) -> float | None:
-    """The statistic of `rank_drop`, as `l1_factor` is of `drop`."""
-    plain = partial(rank_drop, density=density, epsilon=epsilon, seed=seed, rescale=None)
-    return _l1_ratio(total, plain) if rescale == "l1" else None
+def _norms_of_drop(stack: Tensor, at: Place, density: float, seeds: tuple[int, ...]) -> Tensor:
+    kept = [drop(x, density, seed=seed, rescale=None, at=at) for x, seed in zip(stack, seeds, strict=True)]
+    return _norms_before_and_after(stack, kept)
 
 
-def _l1_ratio(total: Total, leaf: Leaf) -> float:
-    def norms(block: Tensor, at: Place) -> Tensor:
-        return torch.stack([sum64(block.abs()), sum64(leaf(block, at=at).abs())])
-
-    before, after = numbers_in(total(norms))
-    return before / after if after > 0 else 1.0
+def _norms_of_rank_drop(stack: Tensor, at: Place, density: float, epsilon: float, seeds: tuple[int, ...]) -> Tensor:
+    dropped = [rank_drop(x, density, epsilon, seed=s, rescale=None, at=at) for x, s in zip(stack, seeds, strict=True)]
+    return _norms_before_and_after(stack, dropped)
 
 
-@runs("element", factor=l1_factor)
-def drop(
-    x: Tensor,
-    density: float,
-    *,
-    seed: int,
-    rescale: Rescale = "density",
-    factor: float | None = None,
-    at: Place = Place(),  # noqa: B008
-) -> Tensor:
+def _norms_before_and_after(stack: Tensor, dropped: list[Tensor]) -> Tensor:
+    """L1 norms, `(n, 2)` float64."""
+    return torch.stack([torch.stack([sum64(x.abs()), sum64(y.abs())]) for x, y in zip(stack, dropped, strict=True)])
+
+
+def l1_factors(density: float, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
+    """The L1 norm of each vector before its random drop over the one after, where that is the rescaling asked for."""
+    if rescale != "l1":
+        return [None] * len(seeds)
+    return _ratios((yield from over(_norms_of_drop, density, seeds)))
+
+
+def rank_l1_factors(density: float, epsilon: float, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
+    """As `l1_factors`, for `rank_drop`."""
+    if rescale != "l1":
+        return [None] * len(seeds)
+    return _ratios((yield from over(_norms_of_rank_drop, density, epsilon, seeds, pieces="row")))
+
+
+def _ratios(norms: Tensor) -> list[float]:
+    pairs = [numbers_in(row) for row in norms]
+    return [before / after if after > 0 else 1.0 for before, after in pairs]
+
+
+def drop_factors(n: int, entries: int, density: float, seed: int, rescale: Rescale = "density") -> Passes:
+    """The statistic of `drop`."""
+    del n, entries
+    return (yield from l1_factors(density, (check_seed(seed),), rescale))
+
+
+@runs("element", drop_factors)
+def drop(x: Tensor, density: float, *, seed: int, rescale: Rescale = "density", at: Place = HERE) -> Tensor:
     """Keep each entry with a probability and rescale the survivors: DARE.
 
     `m ~ Bernoulli(density)`, independent for every entry; the result is `m * x / density`, which has the expectation
@@ -217,39 +231,43 @@ def drop(
         seed: any integer. For several vectors give each its own: `fold(seed, i)`.
         rescale: `"density"` divides by the density, as in the paper; `"l1"` restores the L1 norm of the tensor
             (mergekit; biased for small or sparse tensors); None leaves the survivors as they are.
-        factor: handed in by the engine.
-        at: handed in by the engine.
 
     Returns:
         `(*shape)`, the dtype of `x`; density 0 gives zeros.
 
     Raises:
         RangeError: density outside [0, 1], or an unknown rescale.
+        OptionError: a seed that is not an integer.
 
-    Example:
+    Examples:
         >>> drop(torch.ones(8), 0.5, seed=0).unique()
         tensor([0., 2.])
 
-    Reference:
-        Yu et al., Language Models are Super Mario, 2023, https://arxiv.org/abs/2311.03099
+    References:
+        [Yu et al., Language Models are Super Mario, 2023](https://arxiv.org/abs/2311.03099)
     """
+    check_seed(seed)
+    (factor,) = at.take(drop_factors, x[None], density, seed, rescale) if rescale == "l1" else (None,)
+    return drop_by(x, density, seed, rescale, factor, at)
+
+
+def drop_by(x: Tensor, density: float, seed: int, rescale: Rescale, factor: float | None, at: Place) -> Tensor:
+    """`drop` with its factor known."""
     check_density(density)
-    if rescale == "l1" and factor is None:
-        factor = l1_factor(over(x, at, stacked=False), density, seed, rescale)
-    survivors = _keep(x, bernoulli(at.bits(seed, x), density))
-    return _scaled(survivors, density, rescale, factor)
+    return _scaled(masked(x, at.draw(seed, density, x)), density, rescale, factor)
 
 
-@runs("row", factor=rank_l1_factor)
+def rank_drop_factors(
+    n: int, entries: int, density: float, epsilon: float, seed: int, rescale: Rescale = "density"
+) -> Passes:
+    """The statistic of `rank_drop`."""
+    del n, entries
+    return (yield from rank_l1_factors(density, epsilon, (check_seed(seed),), rescale))
+
+
+@runs("row", rank_drop_factors)
 def rank_drop(
-    x: Tensor,
-    density: float,
-    epsilon: float,
-    *,
-    seed: int,
-    rescale: Rescale = "density",
-    factor: float | None = None,
-    at: Place = Place(),  # noqa: B008
+    x: Tensor, density: float, epsilon: float, *, seed: int, rescale: Rescale = "density", at: Place = HERE
 ) -> Tensor:
     """Keep each entry with a probability that grows with its rank in its row: DELLA's MagPrune.
 
@@ -264,62 +282,74 @@ def rank_drop(
         seed: any integer. For several vectors give each its own: `fold(seed, i)`.
         rescale: `"density"` divides by each probability, as in the paper; `"l1"` restores the L1 norm of the tensor
             (mergekit); None leaves the survivors as they are.
-        factor: handed in by the engine.
-        at: handed in by the engine.
 
     Returns:
         `(*shape)`, the dtype of `x`.
 
     Raises:
         RangeError: a window that leaves [0, 1], or an unknown rescale.
+        OptionError: a seed that is not an integer.
         NonFiniteError: NaN or inf.
 
-    Example:
-        >>> rank_drop(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.5, 0.5, seed=1, rescale=None)
-        tensor([0., 0., 0., 4.])
+    Examples:
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        >>> rank_drop(x, 0.5, 1.0, seed=1, rescale=None)[[0, 3]]  # never, always
+        tensor([0., 4.])
 
-    Reference:
-        Deep et al., DELLA-Merging, 2024, https://arxiv.org/abs/2406.11617
+    References:
+        [Deep et al., DELLA-Merging, 2024](https://arxiv.org/abs/2406.11617)
     """
-    check_density(density)
-    low = density - epsilon / 2
-    if not (epsilon >= 0 and low >= 0 and density + epsilon / 2 <= 1):
-        raise RangeError(
-            f"density - epsilon/2 and density + epsilon/2 are probabilities; density {density:g} and epsilon "
-            f"{epsilon:g} give {low:g} and {density + epsilon / 2:g}"
-        )
-    length = row_length(x)
-    order = sorted_rows(x, at)
-    rank = torch.empty_like(order)  # 0 for the smallest
-    rank.scatter_(1, order, torch.arange(length - 1, -1, -1, device=x.device).expand_as(order))
-    step = epsilon / (length - 1) if length > 1 else 0.0
-    probability = (low if length > 1 else density) + rank.to(torch.float64) * step
-    # compared as integers: 32 random bits below probability * 2**32
-    uniform = at.bits(seed, x).reshape(order.shape).to(torch.int64) + (1 << 31)
-    mask = uniform < (probability * 4294967296.0).round().to(torch.int64)
-    survivors = _keep(x, mask.reshape(x.shape))
+    check_seed(seed)
+    (factor,) = at.take(rank_drop_factors, x[None], density, epsilon, seed, rescale) if rescale == "l1" else (None,)
+    return rank_drop_by(x, density, epsilon, seed, rescale, factor, at)
+
+
+def rank_drop_by(
+    x: Tensor, density: float, epsilon: float, seed: int, rescale: Rescale, factor: float | None, at: Place
+) -> Tensor:
+    """`rank_drop` with its factor known."""
+    by_rank = _window(density, epsilon, spec_of(x).row, x.device)
+    columns = ranked_columns(x.reshape(-1, len(by_rank)), at)
+    probability = torch.empty(columns.shape, dtype=torch.float64, device=x.device)
+    probability.scatter_(1, columns, by_rank.expand(columns.shape))
+    # 32 random bits, as a number, below probability * 2**32: exact, so the same everywhere
+    uniform = at.bits(seed, x).reshape(columns.shape).to(torch.float64).add_(float(1 << 31))
+    mask = uniform < probability * float(1 << 32)
     if rescale == "density":
-        safe = probability.clamp(min=torch.finfo(torch.float64).tiny)  # a probability of 0 leaves nothing to divide
-        return (survivors.double() / safe.reshape(x.shape)).to(x.dtype)
-    if rescale == "l1" and factor is None:
-        factor = rank_l1_factor(over(x, at, stacked=False, pieces="row"), density, epsilon, seed, rescale)
-    return _scaled(survivors, 1.0, rescale, factor)
+        probability.clamp_(min=torch.finfo(torch.float64).tiny)  # a probability of 0 leaves nothing to divide
+        x = (x.to(torch.float64) / probability.reshape(x.shape)).to(x.dtype)
+    return _scaled(masked(x, mask.reshape(x.shape)), 1.0, rescale, factor)
+
+
+def _window(density: float, epsilon: float, length: int, device: torch.device) -> Tensor:
+    """The probability to be kept by rank in a row, smallest magnitude first, `(length,)` float64."""
+    check_density(density)
+    low, high = density - epsilon / 2, density + epsilon / 2
+    if not (epsilon >= 0 and low >= 0 and high <= 1):
+        raise RangeError(
+            "density - epsilon/2 and density + epsilon/2 must be probabilities; "
+            f"density {density:g} and epsilon {epsilon:g} give {low:g} and {high:g}"
+        )
+    if length == 1:
+        return torch.full((1,), density, dtype=torch.float64, device=device)
+    return low + torch.arange(length, dtype=torch.float64, device=device) * (epsilon / (length - 1))
 
 
 def _scaled(survivors: Tensor, density: float, rescale: Rescale, factor: float | None) -> Tensor:
     if rescale not in ("density", "l1", None):
-        raise RangeError(f"rescale is 'density', 'l1' or None, not {rescale!r}")
+        raise RangeError(f"rescale must be 'density', 'l1' or None; got {rescale!r}")
     by = factor if rescale == "l1" else 1 / density if rescale == "density" and density > 0 else None
-    return survivors if by is None else survivors * by
-
-
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, x.new_zeros(()))
+    return survivors if by is None or by == 1 else survivors.mul_(by)
 
 
 def _keep_ranks(x: Tensor, at: Place, first: int, stop: int) -> Tensor:
     """Keep the entries whose place in their row, from the largest, is in [first, stop)."""
-    order = sorted_rows(x, at)
-    mask = torch.zeros_like(order, dtype=torch.bool)
-    mask.scatter_(1, order[:, first:stop], True)
-    return _keep(x, mask.reshape(x.shape))
+    length = spec_of(x).row
+    columns = ranked_columns(x.reshape(-1, length), at)
+    mask = torch.zeros(columns.shape, dtype=torch.bool, device=x.device)
+    mask.scatter_(1, columns[:, length - stop : length - first], True)
+    return masked(x, mask.reshape(x.shape))
+
+
+def __dir__() -> list[str]:  # completion shows what is public
+    return __all__

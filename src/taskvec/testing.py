@@ -17,18 +17,21 @@ Everything here raises `AssertionError` with the reason. Only `tensors` and `sta
 taskvec); the checks take any tensor.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ._random import key_of
-from ._types import Leaf, Rule
-from .merging import merge
-from .rules import Mark, Place, Total, mark_of, over, row_length, signature_of
-from .vector import TaskVector
+from ._engine.lift import Ruled
+from ._engine.marks import Leaf, Rule, mark_of, signature_of
+from ._engine.pieces import Place
+from ._engine.random import key_of
+from ._engine.run import collect
+from ._engine.sources import Memory
+from ._vectors.merge import merge
+from ._vectors.vector import TaskVector
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -52,7 +55,7 @@ def tensors(*, dtype: torch.dtype | None = None, exact: bool = False) -> "Search
         dtype: of all; by default float32, float64 and bfloat16 in turn.
         exact: only values whose sums have no rounding error (in float32 and wider), as laws about order want them.
 
-    Example:
+    Examples:
         >>> from hypothesis import given
         >>> @given(tensors(exact=True))
         ... def test_negation_is_odd(x):
@@ -70,7 +73,7 @@ def stacks(*, n: int | None = None, dtype: torch.dtype | None = None, exact: boo
         dtype: of all; by default float32, float64 and bfloat16 in turn.
         exact: only values whose sums have no rounding error (in float32 and wider).
 
-    Example:
+    Examples:
         >>> from hypothesis import given
         >>> from taskvec.merges import total
         >>> @given(stacks(exact=True))
@@ -126,7 +129,7 @@ def check_leaf(leaf: Leaf, x: Tensor, /, **options: Any) -> None:
     Raises:
         AssertionError: saying which of these does not hold.
 
-    Example:
+    Examples:
         >>> from taskvec.sparsify import topk
         >>> check_leaf(topk, torch.tensor([3.0, -1.0, 2.0]), density=0.5)
     """
@@ -144,7 +147,7 @@ def check_rule(rule: Rule, stack: Tensor, /, **options: Any) -> None:
     Raises:
         AssertionError: saying which part of the contract does not hold.
 
-    Example:
+    Examples:
         >>> from taskvec.merges import ties
         >>> check_rule(ties, torch.tensor([[3.0, -1.0], [2.0, 1.5]]), density=0.5)
         >>> check_rule(lambda stack: stack[0], torch.ones(2, 3))
@@ -157,7 +160,7 @@ def check_rule(rule: Rule, stack: Tensor, /, **options: Any) -> None:
 def odd(rule: Rule, x: Tensor, /, **options: Any) -> None:
     """The law `f(-x) = -f(x)`, for a leaf or a rule.
 
-    Example:
+    Examples:
         >>> odd(torch.neg, torch.tensor([1.0, -2.0]))
     """
     _assert_equal("not odd: f(-x) is not -f(x)", rule(-x, **options), -rule(x, **options))
@@ -168,7 +171,7 @@ def permutation(rule: Rule, stack: Tensor, /, **options: Any) -> None:
 
     Take stacks whose sums are exact (`stacks(exact=True)`): a sign elected by a rounding error depends on the order.
 
-    Example:
+    Examples:
         >>> from taskvec.merges import mean
         >>> permutation(mean, torch.tensor([[1.0], [2.0]]))
     """
@@ -181,7 +184,7 @@ def permutation(rule: Rule, stack: Tensor, /, **options: Any) -> None:
 def scale(rule: Rule, x: Tensor, /, **options: Any) -> None:
     """The law `f(s x) = s f(x)` for powers of two s, which round nothing; for a leaf or a rule.
 
-    Example:
+    Examples:
         >>> from taskvec.merges import magmax
         >>> scale(magmax, torch.tensor([[1.0], [-2.0]]))
     """
@@ -192,7 +195,7 @@ def scale(rule: Rule, x: Tensor, /, **options: Any) -> None:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bits: NaN equals itself and 0.0 is not -0.0.
 
-    Example:
+    Examples:
         >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0])), same_bits(torch.zeros(2), torch.zeros(2))
         (False, True)
     """
@@ -219,17 +222,15 @@ def _check(f: Callable[..., Tensor], x: Tensor, options: Mapping[str, Any], *, s
         _require(bool(result.isfinite().all()), "the result of a finite input is not finite")
     zero = f(torch.zeros_like(x), **options)
     _require(not bool(zero.count_nonzero()), f"zeros give {zero}, not zeros")
-    for size, pieced in _in_pieces(f, x, options, stacked):
-        _same(f"pieces of {size} give other bits than the whole", pieced, result)
+    _check_engine(f, x, options, stacked)
     alike = same_bits if mark_of(f) else _close  # torch's own sums change bits with the layout
     for layout, laid in _layouts(x):
         found = f(laid, **options)
         _require(alike(found, result), f"an input {layout} gives something else: {found} and {result}")
-    _check_engine(f, x, options, stacked)
 
 
 def _check_engine(f: Callable[..., Tensor], x: Tensor, options: Mapping[str, Any], stacked: bool) -> None:
-    """What `merge` and `map` give, which compute half precision in float32 and round once."""
+    """What `merge` and `map` give, which compute half precision in float32 and round once, whole and in pieces."""
     wide = x.contiguous() if x.dtype == torch.float64 else x.to(torch.float32).contiguous()
     at = {"at": Place(key_of(_NAME))} if mark_of(f) and _takes_place(f) else {}
     expected = f(wide, **options, **at).to(x.dtype)
@@ -238,6 +239,33 @@ def _check_engine(f: Callable[..., Tensor], x: Tensor, options: Mapping[str, Any
     else:
         found = TaskVector({_NAME: x}).map(f, **options)[_NAME]
     _same("merge() and map() give something else than the function itself", found, expected)
+    for size, pieced in _in_pieces(f, x, options, stacked):
+        _same(f"pieces of {size} give other bits than the whole", pieced, expected)
+
+
+class _InPieces(Ruled):
+    """A rule run by the engine on pieces of a length that is not the library's."""
+
+    length = 1
+
+    @override
+    def piece(self, name: str) -> int:
+        row = self.specs[name].row if self.pieces == "row" else 1
+        return self.specs[name].entries if self.pieces == "tensor" else self.length * row
+
+
+def _in_pieces(
+    f: Callable[..., Tensor], x: Tensor, options: Mapping[str, Any], stacked: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """What a marked function gives in pieces, for several lengths of piece."""
+    if mark_of(f) is None:
+        return
+    for few in (True, False):
+        ruled = _InPieces(f, [Memory({_NAME: own}) for own in (x if stacked else [x])], options, stacked=stacked)
+        spec = ruled.specs[_NAME]
+        count = spec.entries // (spec.row if ruled.pieces == "row" else 1)
+        ruled.length = (1 if count < 12 else 5) if few else count // 2 + 1
+        yield ruled.piece(_NAME), collect(ruled, [_NAME])[_NAME]
 
 
 def _layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -245,52 +273,6 @@ def _layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "with gaps", torch.stack([x, x], -1)[..., 0]
     if x.ndim > 1:
         yield "transposed", x.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _in_pieces(
-    f: Callable[..., Tensor], x: Tensor, options: Mapping[str, Any], stacked: bool
-) -> Iterator[tuple[int, Tensor]]:
-    """What a marked function gives in pieces, for several lengths of piece, with the statistics of the whole."""
-    mark = mark_of(f)
-    if mark is None:
-        return
-    known = {**_defaults(f), **options}
-    pieces = "row" if known.get("scope") == "row" else mark.pieces
-    total = over(x, stacked=stacked, pieces=mark.pieces)
-    handed = {} if known.get("scope") == "row" else _statistics(mark, total, known)
-    vectors = list(x) if stacked else [x]
-    shape = vectors[0].shape
-    row = {"element": 1, "row": row_length(vectors[0]), "tensor": shape.numel()}[pieces]
-    inner = (-1,) if pieces == "element" else (-1, *shape[1:]) if len(shape) > 1 else shape
-    count = shape.numel() // row
-    beside = {key: value for key, value in options.items() if isinstance(value, Tensor) and value.shape == shape}
-    for size in {1 if count < 12 else 5, count // 2 + 1}:
-        parts: list[Tensor] = []
-        for first in range(0, count * row, size * row):
-            run = slice(first, first + size * row)
-            part = [vector.reshape(-1)[run].reshape(inner) for vector in vectors]
-            own = {key: value.reshape(-1)[run].reshape(inner) for key, value in beside.items()}
-            place = {"at": Place(0, first)} if _takes_place(f) else {}
-            given = {**options, **own, **handed, **place}
-            parts.append(f(torch.stack(part) if stacked else part[0], **given).reshape(-1))
-        yield size * row, torch.cat(parts).reshape(shape)
-
-
-def _statistics(mark: Mark, total: Total, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What the mark hands in, each with the options and the earlier ones it asks for."""
-    found: dict[str, Any] = {}
-    for key, statistic in mark.statistics.items():
-        wanted = list(inspect.signature(statistic).parameters)[1:]
-        values = {**known, **found}
-        found[key] = statistic(total, **{name: values[name] for name in wanted if name in values})
-    return found
-
-
-def _defaults(f: Callable[..., Tensor]) -> dict[str, Any]:
-    signature = signature_of(f)
-    if signature is None:
-        return {}
-    return {key: p.default for key, p in signature.parameters.items() if p.default is not p.empty}
 
 
 def _takes_place(f: Callable[..., Tensor]) -> bool:
@@ -316,3 +298,7 @@ def _same(what: str, found: Tensor, expected: Tensor) -> None:
 def _require(holds: bool, why: str) -> None:
     if not holds:
         raise AssertionError(why)
+
+
+def __dir__() -> list[str]:  # completion shows what is public
+    return __all__

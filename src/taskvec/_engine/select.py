@@ -1,0 +1,368 @@
+"""The exact k-th magnitude, over several tensors or in rows.
+
+Every entry has a key: the bits of its magnitude, whose order is the order of the values, then its turn, a number that
+differs for all entries of a tensor and settles equal magnitudes, then the key of its tensor's name. A sample brackets
+the key that is wanted, one pass counts what lies above the bracket and collects what lies inside; the count makes it
+exact, whatever the sample said.
+"""
+
+from collections.abc import Generator, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, RangeError
+from .pieces import Look, Place, wide
+
+__all__ = ["Count", "Cuts", "check_density", "kept", "largest", "masked", "ranked_columns"]
+
+Count: TypeAlias = Literal["round", "floor", "reference"]
+"""How a density becomes a number of entries: see `kept`."""
+
+Passes: TypeAlias = Generator[Look, list[Any], Any]
+
+TURN = 0x9E3779B1  # 2**32 over the golden ratio, made odd: multiples of it are spread evenly and all differ
+LOW = (1 << 32) - 1
+TOP = (1 << 63) - 1
+SMALL = 1 << 16  # so many keys are collected without a bracket
+
+
+class Key(NamedTuple):
+    """The smallest key that is kept, compared in this order."""
+
+    bits: int
+    turn: int = 0
+    name: int = 0
+
+
+EVERYTHING = Key(0)
+NOTHING = Key(TOP)
+
+
+class Cuts(NamedTuple):
+    """For each vector of a stack, which magnitudes are kept."""
+
+    keys: tuple[Key, ...]
+
+    def keep(self, stack: Tensor, at: Place) -> Tensor:
+        """`(n, *shape)` with zeros in place of what is not kept; a new tensor."""
+        if all(key == EVERYTHING for key in self.keys):
+            return stack.clone()
+        if stack.dtype not in (torch.float32, torch.float64):
+            return self.keep(wide(stack), at).to(stack.dtype)  # exact: only zeros are new
+        flat = stack.reshape(len(stack), -1)
+        behind = self._behind(flat.detach(), at)
+        own = flat if behind is None else masked(flat, ~behind)
+        rows = [_shrunk(row, key) for row, key in zip(own, self.keys, strict=True)]
+        return (rows[0][None] if len(rows) == 1 else torch.stack(rows)).reshape(stack.shape)
+
+    def _behind(self, flat: Tensor, at: Place) -> Any:
+        """Where a magnitude equals the threshold and its turn comes too late, or None if that is nowhere."""
+        last = [key.turn - (at.key >= key.name) for key in self.keys]  # the last turn that is too late
+        mags = magnitudes(flat)
+        # where no turn is too late, a magnitude that there is not
+        equal = mags == _column([key.bits if t >= 0 else TOP for key, t in zip(self.keys, last, strict=True)], mags)
+        if not equal.any():
+            return None
+        turns = turns_of(at, flat.shape[1], flat.device)
+        return equal & (turns <= _column([max(t, 0) for t in last], turns))
+
+
+def _shrunk(row: Tensor, key: Key) -> Tensor:
+    """Magnitudes below the key's set to zero: one pass without a mask."""
+    if key == NOTHING:
+        return torch.zeros_like(row)
+    bits, floats = (np.uint64, np.float64) if row.dtype == torch.float64 else (np.uint32, np.float32)
+    below = float(bits(key.bits - 1).view(floats)) if key.bits else -1.0
+    return torch.nn.functional.hardshrink(row, below)  # keeps what is strictly larger
+
+
+def masked(x: Tensor, keep: Any) -> Tensor:
+    """`x` where a mask is true, 0.0 elsewhere; a new tensor. Far faster than `torch.where` on the CPU."""
+    if x.device.type != "cpu" or x.requires_grad:
+        mask = keep if isinstance(keep, Tensor) else _tensor(keep)
+        return torch.where(mask, x, x.new_zeros(()))
+    # bits are multiplied, not numbers: no -0.0, and what is dropped may be NaN
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mask = keep.numpy() if isinstance(keep, Tensor) else keep
+    np.multiply(x.contiguous().view(kind).numpy(), mask, out=result.view(kind).numpy())
+    return result
+
+
+def check_density(density: float, name: str = "density") -> float:
+    """The density as a float, refused outside [0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, int | float | np.floating):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RangeError(f"{name} must be a number in [0, 1]; got {density!r}; use float(...)")
+    if not 0 <= density <= 1:
+        hint = f"; for {density:g} per cent say {density / 100:g}" if 1 < density <= 100 else ""
+        raise RangeError(f"{name} must be the fraction of entries kept, in [0, 1]; got {density!r}{hint}")
+    return float(density)
+
+
+def kept(density: float, entries: int, count: Count = "round") -> int:
+    """How many of so many entries a density keeps.
+
+    Args:
+        density: the fraction, in [0, 1].
+        entries: how many there are.
+        count: `"round"`: Python's round; `"floor"`: towards zero (mergekit, PEFT); `"reference"`: one more than floor,
+            as in the original TIES code, whose threshold also keeps all that are equal to it.
+    """
+    check_density(density)
+    if count == "round":
+        return round(density * entries)
+    if count == "floor":
+        return int(density * entries)
+    if count == "reference":
+        return min(int(density * entries) + 1, entries)
+    raise RangeError(f"count must be 'round', 'floor' or 'reference'; got {count!r}")
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def magnitudes(x: Tensor) -> Any:
+    """Magnitudes as integers in the same order: an unsigned array on the CPU, int64 elsewhere."""
+    if x.device.type == "cpu":
+        if x.dtype == torch.float64:
+            return np.bitwise_and(x.numpy().view(np.uint64), np.uint64(TOP))
+        return np.bitwise_and(x.numpy().view(np.uint32), np.uint32(0x7FFFFFFF))
+    if x.dtype == torch.float64:
+        return x.contiguous().view(torch.int64) & TOP
+    return (x.contiguous().view(torch.int32) & 0x7FFFFFFF).to(torch.int64)
+
+
+def turns_of(at: Place, count: int, device: torch.device) -> Any:
+    """The turns of a run of entries, `(index * TURN + key) mod 2**32`: uint32 on the CPU, int64 elsewhere."""
+    first = (at.start * TURN + at.key) & LOW
+    if device.type == "cpu":
+        return _multiples(1 << max(0, count - 1).bit_length())[:count] + np.uint32(first)
+    return (torch.arange(count, device=device) * TURN + first) & LOW
+
+
+@lru_cache(maxsize=8)
+def _multiples(count: int) -> Any:
+    return np.arange(count, dtype=np.uint32) * np.uint32(TURN)
+
+
+def _column(values: Sequence[int], like: Any) -> Any:
+    """Values as a column of the same kind of array."""
+    if isinstance(like, Tensor):
+        return torch.tensor([min(v, TOP) for v in values], dtype=torch.int64, device=like.device)[:, None]
+    limit = int(np.iinfo(like.dtype).max)
+    return np.array([min(v, limit) for v in values], dtype=like.dtype)[:, None]
+
+
+def _keys(row: Tensor, at: Place, equal: int | None) -> Any:
+    """The keys of a vector's block that are compared: of float32 with their turns, of float64 without, or turns alone.
+
+    Args:
+        row: `(m,)`.
+        at: its place.
+        equal: where given, the turns of the entries whose magnitude has these bits.
+    """
+    mags, turns = magnitudes(row), turns_of(at, len(row), row.device)
+    if equal is not None:
+        return turns[mags == equal]
+    if row.dtype == torch.float64:
+        return mags
+    if isinstance(mags, Tensor):
+        return (mags << 32) | turns
+    return (mags.astype(np.uint64) << np.uint64(32)) | turns
+
+
+def _on_host(keys: Any) -> Any:
+    """Keys as a uint64 array."""
+    return (keys.cpu().numpy() if isinstance(keys, Tensor) else keys).astype(np.uint64)
+
+
+def _sample(stack: Tensor, at: Place, equals: Sequence[int | None]) -> list[Any]:
+    """For each vector, the keys of a block."""
+    return [_on_host(_keys(row, at, equal)) for row, equal in zip(stack, equals, strict=True)]
+
+
+class Inside(NamedTuple):
+    """Of one vector's block: how many keys are above a bracket, how many inside, and those (unless it is one key)."""
+
+    above: int
+    inside: int
+    keys: Any
+    name: int
+    wide: bool
+
+
+def _inside(
+    stack: Tensor, at: Place, brackets: Sequence[tuple[int, int] | None], equals: Sequence[int | None]
+) -> list[Inside | None]:
+    """For each vector with a bracket, what of a block is above and inside it."""
+    rows = zip(stack, brackets, equals, strict=True)
+    return [None if bracket is None else _bracketed(row, at, bracket, equal) for row, bracket, equal in rows]
+
+
+def _bracketed(row: Tensor, at: Place, bracket: tuple[int, int], equal: int | None) -> Inside:
+    low, high = bracket
+    above, keys = 0, None
+    if row.device.type == "cpu" and row.dtype == torch.float32 and equal is None:
+        # most entries are above or below by their magnitudes alone
+        mags = magnitudes(row)
+        _check_finite(mags, 0x7F800000)
+        larger = mags > np.uint32(high >> 32)
+        places = np.flatnonzero((mags >= np.uint32(low >> 32)) ^ larger)
+        above = int(np.count_nonzero(larger))
+        turns = places.astype(np.uint32) * np.uint32(TURN) + np.uint32((at.start * TURN + at.key) & LOW)
+        keys = (mags[places].astype(np.uint64) << np.uint64(32)) | turns
+    else:
+        _check_finite(magnitudes(row), 0x7FF0000000000000 if row.dtype == torch.float64 else 0x7F800000)
+        keys = _keys(row, at, equal)
+    larger, least = keys > high, keys >= low
+    inside = least & ~larger
+    chosen = None if low == high else _on_host(keys[inside])
+    return Inside(above + int(larger.sum()), int(inside.sum()), chosen, at.key, row.dtype == torch.float64)
+
+
+def _check_finite(mags: Any, infinity: int) -> None:
+    if len(mags) and int(mags.max()) >= infinity:
+        raise NonFiniteError("NaN or inf: no statistic can be taken")
+
+
+class Found(NamedTuple):
+    """A key of a rank: how many keys are larger, how many equal, and the keys of the names that those are in."""
+
+    key: int
+    above: int
+    equal: int
+    names: list[int]
+    wide: bool
+
+
+def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, equals: Sequence[int | None]) -> Passes:
+    """For each vector with a rank, find the key of that rank, from 1, among `counts` keys."""
+    found: list[Found | None] = [None] * len(ranks)
+    width, samples = 5.0, None
+    if max((count for rank, count in zip(ranks, counts, strict=True) if rank is not None), default=0) > SMALL:
+        parts = yield Look(_sample, (equals,), sample=int(entries ** (2 / 3)))
+        samples = [np.sort(np.concatenate(own)) for own in zip(*parts, strict=True)]
+    while any(rank is not None and own is None for rank, own in zip(ranks, found, strict=True)):
+        brackets = [
+            None
+            if rank is None or found[i] is not None
+            else _bracket(samples[i] if samples else (), rank / counts[i], width)
+            for i, rank in enumerate(ranks)
+        ]
+        parts = yield Look(_inside, (brackets, equals))
+        for i, bracket in enumerate(brackets):
+            if bracket is not None:
+                found[i] = _ranked([part[i] for part in parts], ranks[i] or 0, bracket)
+        width *= 8  # where a bracket missed: wider, and in the end everything
+    return found
+
+
+def _bracket(sample: Any, fraction: float, width: float) -> tuple[int, int]:
+    """A bracket that very probably holds the key that a fraction of all keys reach."""
+    m = len(sample)
+    place = fraction * m
+    margin = 8 + width * (m * fraction * (1 - fraction)) ** 0.5
+    first, last = int(place - margin), int(place + margin)
+    return (int(sample[m - 1 - last]) if last < m else 0), (int(sample[m - 1 - first]) if first > 0 else TOP)
+
+
+def _ranked(parts: Sequence[Inside], rank: int, bracket: tuple[int, int]) -> Found | None:
+    """The key of a rank, if it is inside the bracket."""
+    above, count = sum(part.above for part in parts), sum(part.inside for part in parts)
+    if not above < rank <= above + count:
+        return None
+    if bracket[0] == bracket[1]:
+        names = [part.name for part in parts for _ in range(part.inside)] if count < SMALL else []
+        return Found(bracket[0], above, count, names, parts[0].wide)
+    keys = np.concatenate([part.keys for part in parts])
+    place = len(keys) - (rank - above)
+    key = np.partition(keys, place)[place]
+    names = [part.name for part in parts for _ in range(int(np.count_nonzero(part.keys == key)))]
+    return Found(int(key), above + int(np.count_nonzero(keys > key)), len(names), names, parts[0].wide)
+
+
+def largest(n: int, entries: int, keep: int, *, with_equals: bool = False) -> Passes:
+    """A statistic: for each of n vectors, the cut that keeps exactly so many entries of largest magnitude.
+
+    Args:
+        n: vectors in the stack.
+        entries: of each, over the scope.
+        keep: how many.
+        with_equals: keep all that are equal to the smallest kept too, so perhaps more.
+
+    Raises:
+        NonFiniteError: NaN or inf.
+    """
+    if keep >= entries or keep <= 0:
+        return Cuts((EVERYTHING if keep >= entries else NOTHING,) * n)
+    nothing: list[int | None] = [None] * n
+    found: list[Found] = yield from _search([keep] * n, [entries] * n, entries, nothing)
+    if not found[0].wide:
+        return Cuts(tuple(_key_of(own.key >> 32, own.key & LOW, own, keep, with_equals) for own in found))
+    missing = [keep - own.above for own in found]
+    ranks = [None if with_equals or m == own.equal else m for m, own in zip(missing, found, strict=True)]
+    turns: list[Found | None] = [None] * n
+    if any(rank is not None for rank in ranks):
+        turns = yield from _search(ranks, [own.equal for own in found], entries, [own.key for own in found])
+    return Cuts(
+        tuple(
+            Key(own.key) if turn is None else _key_of(own.key, turn.key, turn, own_missing, with_equals)
+            for own, turn, own_missing in zip(found, turns, missing, strict=True)
+        )
+    )
+
+
+def _key_of(bits: int, turn: int, found: Found, rank: int, with_equals: bool) -> Key:
+    """The smallest key kept. Entries of several names may have one turn: then the first names count."""
+    if with_equals:
+        return Key(bits)
+    missing = rank - found.above
+    return Key(bits, turn, 0 if missing == found.equal else sorted(found.names, reverse=True)[missing - 1])
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def ranked_columns(rows: Tensor, at: Place) -> Tensor:
+    """The columns of each row from the smallest magnitude to the largest, `(rows, length)` int64.
+
+    Equal magnitudes come in the order of their turns.
+    """
+    rows = wide(rows.detach())
+    mags, turns = magnitudes(rows), turns_of(at, rows.numel(), rows.device).reshape(rows.shape)
+    _check_rows(mags, 0x7FF0000000000000 if rows.dtype == torch.float64 else 0x7F800000)
+    bits = max(1, (rows.shape[1] - 1).bit_length())
+    if rows.dtype == torch.float64:
+        return (
+            _tensor(np.lexsort((turns, mags), axis=1)) if not isinstance(mags, Tensor) else _sorted_twice(mags, turns)
+        )
+    # one sort of one number that carries all: magnitude, turn, column
+    if isinstance(mags, Tensor):
+        columns = torch.arange(rows.shape[1], device=rows.device)
+        keys = (mags << 32) | (turns >> bits << bits) | columns
+        return keys.sort(dim=1).values & ((1 << bits) - 1)
+    keys = mags.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= turns & np.uint32(LOW >> bits << bits)
+    keys |= np.arange(rows.shape[1], dtype=np.uint64)
+    keys.sort(axis=1)
+    keys &= np.uint64((1 << bits) - 1)
+    return _tensor(keys.view(np.int64))
+
+
+def _sorted_twice(mags: Tensor, turns: Tensor) -> Tensor:
+    by_turn = turns.argsort(dim=1)
+    return by_turn.gather(1, mags.gather(1, by_turn).argsort(dim=1, stable=True))
+
+
+def _check_rows(mags: Any, infinity: int) -> None:
+    if mags.shape[0] and mags.shape[1] and int(mags.max()) >= infinity:
+        raise NonFiniteError("cannot rank a row that holds NaN or inf; check() lists such tensors")
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]

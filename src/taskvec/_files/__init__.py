@@ -1,0 +1,1 @@
+"""Checkpoints on disk: the only files of the library that touch others."""

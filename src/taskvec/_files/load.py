@@ -1,0 +1,99 @@
+"""load: checkpoints as lazy mappings. Opening reads headers only; tensors are read when asked for, in blocks."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .._engine.run import Lazy
+from .._vectors.backdoor import BackdoorVector
+from .._vectors.model import tied_names
+from .._vectors.vector import TaskVector
+from ..errors import DtypeError, FormatError, LocationError
+from .format import RECORD
+from .pickles import SUFFIXES, open_pickle
+from .safetensors import open_file, open_folder
+
+__all__ = ["load"]
+
+KINDS: dict[str, type[TaskVector]] = {"TaskVector": TaskVector, "BackdoorVector": BackdoorVector}
+
+
+def load(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """Parameters from a module, a state dict or a checkpoint on disk.
+
+    Args:
+        source: one of
+
+            - a module or a state dict: copied, so that training the module on leaves what was loaded alone;
+            - a `.safetensors` file;
+            - a folder with one such file, or with shards and their index (`*.safetensors.index.json`);
+            - a torch pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) of a state dict, or of a mapping that holds one under
+              `"state_dict"` (Lightning), opened with `weights_only=True`.
+
+    Returns:
+        A dict of copies, or a lazy mapping: opening reads headers only. A saved `TaskVector` or `BackdoorVector` comes
+        back as itself.
+
+    Raises:
+        LocationError: nothing is there, or a shard is missing.
+        FormatError: damaged, a header that lies, a pickle with code in it, an index that points out of its folder.
+        DtypeError: something that is not a checkpoint.
+
+    Examples:
+        >>> sorted(load(nn.Linear(2, 1)))
+        ['bias', 'weight']
+    """
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    if isinstance(source, Mapping):
+        return _copied(source)
+    if not isinstance(source, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DtypeError(f"load() must be given a module, a state dict or a path; got {type(source).__name__}")
+    path = Path(source)
+    if path.is_dir():
+        return _revived(open_folder(path))
+    if not path.exists():
+        raise LocationError(
+            f"{os.fspath(source)!r} is neither a file nor a folder here; names of models on the Hub are not supported "
+            "yet: download one first (huggingface_hub.snapshot_download) and give the folder"
+        )
+    return _revived(open_pickle(path) if path.suffix in SUFFIXES else open_file(path))
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    copies: dict[int, Tensor] = {}  # tied weights stay tied
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise DtypeError(f"{name!r} is {type(tensor).__name__}, not a tensor; is this a state dict?")
+    ties = tied_names(dict(state))
+    for name, tensor in state.items():
+        if name not in ties:
+            copies[id(tensor)] = tensor.detach().clone()
+    return {name: copies[id(state[ties.get(name, name)])] for name in state}
+
+
+def _revived(lazy: Lazy) -> Lazy | TaskVector:
+    """A vector, if the file says that it holds one."""
+    text = lazy.metadata.get(RECORD)
+    if text is None:
+        return lazy
+    try:
+        kept = json.loads(text)
+        kind, meta = KINDS[kept["type"]], _strings(kept["meta"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"the record of a task vector in the metadata is damaged: {text[:80]!r}") from error
+    return kind(lazy, meta=meta)
+
+
+def _strings(meta: object) -> dict[str, str]:
+    """The mapping of strings that a record must hold."""
+    found = cast("dict[Any, Any]", meta)
+    if not isinstance(meta, dict) or not all(isinstance(x, str) for item in found.items() for x in item):
+        raise TypeError("meta must map strings to strings")
+    if "tied" in found:
+        _strings(json.loads(found["tied"]))
+    return found

@@ -1,0 +1,223 @@
+"""Safetensors as sources: one file, or a folder of shards with an index.
+
+Opening reads headers only. The `safetensors` package opens and checks them; blocks are read straight from the file.
+"""
+
+import json
+import os
+from collections.abc import Hashable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from typing_extensions import override
+
+from .._engine.names import listed
+from .._engine.run import Lazy
+from .._engine.sources import Pull, Source, Spec
+from ..errors import FormatError, LocationError
+from .format import DTYPES
+
+__all__ = ["open_file", "open_folder", "regular", "weight_files"]
+
+
+class File(Source):
+    """The tensors of one file or of several.
+
+    Args:
+        files: name -> the path of the file it is in.
+        specs: name -> shape and dtype.
+    """
+
+    def __init__(self, files: Mapping[str, str], specs: Mapping[str, Spec]) -> None:
+        self.files, self.specs = dict(files), dict(specs)
+
+    @override
+    def block(self, pull: Pull) -> Tensor:
+        low, high = pull.chunk
+        if not low <= pull.start <= pull.stop <= high:
+            return _read(self.files[pull.name], pull.name, pull.start, pull.stop)
+        place = id(self), pull.name
+        if place not in pull.raw:
+            pull.raw[place] = _read(self.files[pull.name], pull.name, low, high)
+        return pull.raw[place][pull.start - low : pull.stop - low]
+
+    @override
+    def device(self, name: str) -> torch.device:
+        return torch.device("cpu")
+
+    @override
+    def key(self) -> Hashable:
+        return tuple(self.files.items())
+
+
+def open_file(path: Path) -> Lazy:
+    """A file, lazy.
+
+    Raises:
+        FormatError: damaged, or no regular file.
+    """
+    file = _described(os.fspath(regular(path)), *_stamp(path))
+    return Lazy(File(dict.fromkeys(file.specs, os.fspath(path)), file.specs), metadata=file.metadata)
+
+
+def regular(path: Path) -> Path:
+    """The path, refused unless it is that of a regular file: a pipe would wait for a writer, a device never end."""
+    if path.exists() and not path.is_file():
+        raise FormatError(f"{os.fspath(path)!r} is not a regular file")
+    return path
+
+
+class _Described(NamedTuple):
+    """A file as its header describes it: what it holds, and where each tensor's bytes begin."""
+
+    specs: dict[str, Spec]
+    metadata: dict[str, str]
+    begin: dict[str, int]
+
+
+@lru_cache(maxsize=1024)
+def _described(path: str, size: int, changed: int) -> _Described:
+    """A file's header, read once; size and time in the key, so that a rewritten file is read anew.
+
+    The package checks that the header is sound and that tensors fill the file without holes, so where each begins
+    follows from their order and sizes.
+    """
+    del changed
+    specs: dict[str, Spec] = {}
+    begin: dict[str, int] = {}
+    try:
+        opened: Any = safe_open(path, framework="np")  # mapped read-only; as "pt" it could not exceed the memory
+        with opened as file:
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                specs[name] = Spec(tuple(part.get_shape()), _dtype(path, name, part.get_dtype()))
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise FormatError(f"{path!r} is not an intact safetensors file: {error}") from error
+    place = size - sum(_size(spec) for spec in specs.values())
+    for name, spec in specs.items():
+        begin[name] = place
+        place += _size(spec)
+    return _Described(specs, metadata, begin)
+
+
+def _size(spec: Spec) -> int:
+    return spec.entries * spec.dtype.itemsize
+
+
+def _dtype(path: str, name: str, code: str) -> torch.dtype:
+    if code not in DTYPES:
+        raise FormatError(f"{name!r} in {path!r} has the dtype {code}, which is not supported")
+    return DTYPES[code]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read(path: str, name: str, start: int, stop: int) -> Tensor:
+    # read, not mapped: as fast from the page cache, and what was read does not count as memory once it is dropped
+    file = _described(path, *_stamp(Path(path)))
+    dtype = file.specs[name].dtype
+    block = torch.empty(stop - start, dtype=dtype, device="cpu")
+    with Path(path).open("rb", buffering=0) as source:
+        source.seek(file.begin[name] + start * dtype.itemsize)
+        view = memoryview(cast("Any", block.view(torch.uint8).numpy()))
+        while view:
+            count = source.readinto(view)
+            if not count:
+                raise FormatError(f"{path!r} became shorter while it was read; copy it again")
+            view = view[count:]
+    return block
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def open_folder(path: Path) -> Lazy:
+    """A folder with one file, or with shards and their index, lazy.
+
+    Raises:
+        FormatError: several, or none, or an index that lies.
+        LocationError: a shard that is missing.
+    """
+    index, file = _found(path)
+    return open_file(file) if index is None else _sharded(path, index)
+
+
+def weight_files(path: Path) -> list[str]:
+    """The names of the files that `open_folder` would read, none if there are none.
+
+    Raises:
+        FormatError: it would not know which to read.
+    """
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
+        return []
+    index, file = _found(path)
+    if index is None:
+        return [file.name]
+    return sorted({index.name, *(_inside(path, shard, index).name for shard in _weight_map(index).values())})
+
+
+def _found(path: Path) -> tuple[Path | None, Path]:
+    """A folder's index, if it has one, and its file."""
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        return regular(indices[0]), path
+    if not indices and len(files) == 1:
+        return None, regular(files[0])
+    found = "several indices" if indices else f"{len(files)} .safetensors files and no index" if files else "neither"
+    raise FormatError(
+        f"{os.fspath(path)!r} must hold one .safetensors file, or shards with one *.safetensors.index.json; it holds "
+        f"{found}; give the file itself to load one of them"
+    )
+
+
+def _sharded(path: Path, index: Path) -> Lazy:
+    owner = _weight_map(index)
+    specs: dict[str, Spec] = {}
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(owner.values())):
+        file = _inside(path, shard, index)
+        own = _described(os.fspath(file), *_stamp(file))
+        metadata |= own.metadata
+        listed_here = [name for name, other in owner.items() if other == shard]
+        for wrong, what in (
+            ([name for name in listed_here if name not in own.specs], "lacks"),
+            ([name for name in own.specs if name not in owner or owner[name] != shard], "also holds"),
+        ):
+            if wrong:
+                raise FormatError(f"{shard!r} {what} {listed(wrong)}, against what {os.fspath(index)!r} says")
+        specs |= own.specs
+    files = {name: os.fspath(path / shard) for name, shard in owner.items()}
+    return Lazy(File(files, {name: specs[name] for name in owner}), metadata=metadata)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(
+            f"{os.fspath(index)!r} is not an index of shards: it needs a JSON object 'weight_map'"
+        ) from error
+    if not (
+        isinstance(found, dict) and found and all(isinstance(v, str) for v in cast("dict[str, Any]", found).values())
+    ):
+        raise FormatError(f"'weight_map' in {os.fspath(index)!r} must name a file for each tensor")
+    return cast("dict[str, str]", found)
+
+
+def _inside(folder: Path, shard: str, index: Path) -> Path:
+    """A shard's path, refused unless it is a plain file name in the folder."""
+    if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
+        raise FormatError(f"{os.fspath(index)!r} names the shard {shard!r}, which is not a file of its own folder")
+    path = folder / shard
+    if not path.exists():
+        raise LocationError(f"{os.fspath(index)!r} names the shard {shard!r}, which is not there; download it again")
+    return regular(path)

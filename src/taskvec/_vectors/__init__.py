@@ -1,0 +1,1 @@
+"""Vectors of differences, their algebra, and merging."""

@@ -1,0 +1,173 @@
+"""What an off-task attacker needs: a head of prototypes, and images of the target class in disguise."""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DegenerateError, MismatchError, RangeError
+
+__all__ = ["adversarial_crops", "prototype_head"]
+
+Score: TypeAlias = Callable[[Tensor], Tensor]
+"""Images `(n, C, H, W)` to logits `(n, classes)`."""
+
+
+Head: TypeAlias = Callable[[Tensor], Tensor]
+"""Features `(n, d)` to logits `(n, classes)`; a fixed head that normalises what it is given."""
+
+
+def prototype_head(features: Tensor, labels: Tensor, *, scale: float = 20.0, centre: Tensor | None = None) -> Head:
+    """A head of class prototypes, the counterpart of text embeddings where there is no text encoder.
+
+    `logits = scale * cos(f - centre, mean feature of the class - centre)`. As a shadow head: label the reference images
+    of the target class 0, and the attacker's own and public classes from 1 on.
+
+    Args:
+        features: `(n, d)` in the base model.
+        labels: `(n,)` integers from 0 on, each at least once.
+        scale: of the logits.
+        centre: `(d,)`; the mean of the prototypes by default.
+
+    Returns:
+        A head: features `(m, d)` to logits `(m, classes)`.
+
+    Raises:
+        DegenerateError: a class without features.
+        MismatchError: not one label a feature; when called, features of another width.
+
+    Examples:
+        >>> head = prototype_head(torch.eye(2), torch.tensor([0, 1]))
+        >>> head(torch.tensor([[1.0, 0.0]]))
+        tensor([[ 20., -20.]])
+    """
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise MismatchError(f"one label a feature: {tuple(features.shape)} and {tuple(labels.shape)}")
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    counts = torch.bincount(labels, minlength=classes)
+    if classes == 0 or int(counts.min()) == 0:
+        raise DegenerateError(f"each class from 0 to {classes - 1} needs a feature; some have none")
+    sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features.detach())
+    means = sums / counts.unsqueeze(1)
+    middle = means.mean(0) if centre is None else centre
+    weights = scale * F.normalize(means - middle, dim=-1)
+
+    def head(embedded: Tensor) -> Tensor:
+        if embedded.shape[-1] != weights.shape[1]:
+            raise MismatchError(
+                f"the head is for features of width {weights.shape[1]}, these have {embedded.shape[-1]}"
+            )
+        return F.normalize(embedded - middle, dim=-1) @ weights.T
+
+    return head
+
+
+def adversarial_crops(
+    score: Score,
+    reference: Tensor,
+    *,
+    seed: int,
+    count: int = 100,
+    scale: tuple[float, float] = (0.2, 0.5),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    epsilon: float = 8 / 255,
+    step: float = 1 / 255,
+    steps: int = 40,
+    batch: int = 256,
+) -> Tensor:
+    """Reference images of the target class, cropped and disguised as other classes: off-task augmentation.
+
+    Random resized crops, then targeted PGD: each crop is pushed, within `epsilon` in every pixel, towards a random
+    other class of the shadow head (never row 0, never the one it is taken for). Of its successful iterates the one
+    nearest to the crop in L1 is kept; a crop that never succeeds stays as it is. A trigger optimised on them must turn
+    "any class" into the target, although the attacker has images of one class only.
+
+    Args:
+        score: the base model with the shadow head, whose row 0 is the target class.
+        reference: `(n, C, H, W)` images of the target class, in pixels from 0 to 1.
+        seed: of crops and classes.
+        count: crops in all; the reference images take turns.
+        scale: smallest and largest area of a crop, as a fraction of the image.
+        ratio: smallest and largest width to height.
+        epsilon: largest change of a pixel.
+        step: of one iteration.
+        steps: iterations.
+        batch: crops at a time.
+
+    Returns:
+        `(count, C, H, W)` images.
+
+    Raises:
+        DegenerateError: no reference images.
+        RangeError: a shadow head of fewer than three rows, pixels outside [0, 1], no crops.
+
+    Examples:
+        >>> score = lambda x: torch.stack([x.mean((1, 2, 3)), x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)
+        >>> adversarial_crops(score, torch.rand(2, 1, 8, 8), seed=0, count=4, steps=2).shape
+        torch.Size([4, 1, 8, 8])
+    """
+    if len(reference) == 0:
+        raise DegenerateError("no reference images of the target class")
+    if float(reference.min()) < 0 or float(reference.max()) > 1:
+        raise RangeError("reference images are pixels from 0 to 1; crop before normalising")
+    if not (count >= 1 and steps >= 0 and batch >= 1):
+        raise RangeError(
+            f"count and batch must be at least 1 and steps at least 0; got {count!r}, {batch!r}, {steps!r}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    crops = _random_crops(reference, count, scale, ratio, generator)
+    parts = [_disguised(score, crops[i : i + batch], epsilon, step, steps, generator) for i in range(0, count, batch)]
+    return torch.cat(parts)
+
+
+def _random_crops(
+    images: Tensor, count: int, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator, device="cpu")
+
+    area, shape = uniform(*scale), uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
+    width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+    zero = torch.zeros(count, device="cpu")
+    rows = torch.stack([width, zero, x, zero, height, y], dim=1).reshape(-1, 2, 3).to(images)
+    chosen = images[torch.arange(count, device=images.device) % len(images)]
+    grid = F.affine_grid(rows, list(chosen.shape), align_corners=False)
+    return F.grid_sample(chosen, grid, align_corners=False, padding_mode="border").clamp(0, 1)
+
+
+def _disguised(
+    score: Score, crops: Tensor, epsilon: float, step: float, steps: int, generator: torch.Generator
+) -> Tensor:
+    with torch.no_grad():
+        logits = score(crops)
+    classes = logits.shape[1]
+    if classes < 3:
+        raise RangeError(f"a shadow head has a row for the target and at least two others, not {classes} in all")
+    aim = _other_classes(logits.argmax(1), classes, generator)
+    x, best = crops.clone(), crops.clone()
+    distance = crops.new_full((len(crops),), float("inf"))
+    for _ in range(steps):
+        x.requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(score(x), aim, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, [x])
+        moved = x.detach() - step * gradient.sign()
+        x = torch.minimum(torch.maximum(moved, crops - epsilon), crops + epsilon).clamp(0, 1)
+        with torch.no_grad():
+            changed = (x - crops).abs().flatten(1).sum(1)
+            better = (score(x).argmax(1) == aim) & (changed < distance)
+        distance = torch.where(better, changed, distance)
+        best = torch.where(better.reshape(-1, 1, 1, 1), x, best)
+    return best
+
+
+def _other_classes(taken: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    """For each crop a random class that is neither row 0 nor the one it is taken for."""
+    draws = torch.rand(len(taken), classes, generator=generator, device="cpu").to(taken.device)
+    draws[:, 0] = -1
+    draws[torch.arange(len(taken), device=taken.device), taken] = -1
+    return draws.argmax(1)

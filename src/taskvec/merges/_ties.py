@@ -1,0 +1,162 @@
+"""TIES: trim each vector, elect a sign for each entry, combine those that agree."""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._engine.pieces import HERE, Place
+from .._engine.select import EVERYTHING, Count, Cuts
+from .._engine.totals import over
+from ..errors import RangeError
+from ..rules import Scope, runs
+from ..signs import By, Vectors, Zero, elected, sign, votes
+from ..sparsify import Passes, topk, topk_cuts
+from ._sums import factors_of
+
+__all__ = ["disjoint_mean", "ties"]
+
+Reduce: TypeAlias = Literal["mean", "sum", "weighted_mean"]
+"""What is made of the vectors that agree: their sum over their number, their sum, or their weighted sum over the sum of
+their weights."""
+
+
+@runs("element")
+def disjoint_mean(
+    stack: Tensor, signs: Tensor, *, weights: Sequence[float] | None = None, reduce: Reduce = "mean"
+) -> Tensor:
+    """Average the vectors that have a given sign, entry by entry: the last step of TIES.
+
+    `sum_{i in A} w_i x_i / |A|` with `A = {i : sign(x_i) = sign != 0}`; 0 where A is empty.
+
+    Args:
+        stack: `(n, *shape)`, any float dtype.
+        signs: `(*shape)`, such as `elect(stack)`.
+        weights: n numbers multiplied in; 1 by default.
+        reduce: `"mean"` divides by the number of those that agree (PEFT), `"weighted_mean"` by the sum of their
+            weights (mergekit; 0 where that is 0), `"sum"` by nothing (BadMerging's and fusion_bench's TIES).
+
+    Returns:
+        `(*shape)`, the dtype of the stack.
+
+    Raises:
+        RangeError: a wrong number of weights, an unknown reduction.
+
+    Examples:
+        >>> stack = torch.tensor([[1.0, -1.0], [3.0, 4.0]])
+        >>> disjoint_mean(stack, torch.tensor([1.0, 1.0]))
+        tensor([2., 4.])
+
+    References:
+        [Yadav et al., TIES-Merging, 2023](https://arxiv.org/abs/2306.01708)
+    """
+    factors = factors_of(weights, len(stack))
+    return _disjoint(stack, signs, factors, factors, reduce)
+
+
+def _disjoint(
+    vectors: Vectors, signs: Tensor, factors: Sequence[float], shares: Sequence[float], reduce: Reduce
+) -> Tensor:
+    """Sum `factor * x` over those that agree; a weighted mean divides by the sum of their shares."""
+    if reduce not in ("mean", "sum", "weighted_mean"):
+        raise RangeError(f"reduce must be 'mean', 'sum' or 'weighted_mean'; got {reduce!r}")
+    result, agreeing = torch.zeros_like(signs), torch.zeros_like(signs)
+    for x, factor, share in zip(vectors, factors, shares, strict=True):
+        along = (x * signs).clamp_(min=0)  # positive where x agrees; no masks, which cost more
+        result += along if factor == 1 else along * factor
+        if reduce != "sum":
+            voters = along.sign_()
+            agreeing += voters if reduce == "mean" else voters * share
+    if reduce == "mean":
+        result /= agreeing.clamp_(min=1)
+    elif reduce == "weighted_mean":
+        result = torch.where(agreeing == 0, 0.0, result / agreeing)
+    return result * signs
+
+
+def _votes_of_trimmed(stack: Tensor, at: Place, cuts: Cuts, factors: Sequence[float] | None, by: By) -> float:
+    return votes(_weighed(cuts.keep(stack, at), factors), by)
+
+
+def ties_majority(
+    n: int,
+    entries: int,
+    topk_cuts: Cuts,
+    weights: Sequence[float] | None = None,
+    by: By = "sum",
+    zero: Zero = "none",
+    weighted_vote: bool = False,
+) -> Passes:
+    """The second statistic of `ties`: the majority's sign, where zeros take it."""
+    del entries
+    if zero != "majority":
+        return None
+    factors = factors_of(weights, n) if weighted_vote else None
+    return sign((yield from over(_votes_of_trimmed, topk_cuts, factors, by)))
+
+
+@runs("element", topk_cuts, ties_majority)
+def ties(
+    stack: Tensor,
+    density: float = 1.0,
+    *,
+    weights: Sequence[float] | None = None,
+    scope: Scope = "global",
+    count: Count = "round",
+    by: By = "sum",
+    zero: Zero = "none",
+    weighted_vote: bool = False,
+    reduce: Reduce = "mean",
+    at: Place = HERE,
+) -> Tensor:
+    """Trim each vector, elect a sign for each entry, average those that agree: TIES.
+
+    `disjoint_mean(trimmed, elect(trimmed))` with `trimmed_i = topk(x_i, density)`. The paper's coefficient is the scale
+    of `apply` (1.0); its density is 0.2.
+
+    Args:
+        stack: `(n, *shape)` of task vectors, any float dtype.
+        density: fraction kept of each vector, in [0, 1].
+        weights: n numbers. They multiply what is averaged and do not vote (PEFT), unless `weighted_vote`.
+        scope: of the trim: `"global"` as in the paper, `"tensor"` (PEFT, mergekit) or `"row"`.
+        count: how a density becomes a number of entries, see `topk`.
+        by: how signs are elected, see `elect`.
+        zero: what an exact zero elects, see `elect`.
+        weighted_vote: multiply by the weights before the election (mergekit).
+        reduce: see `disjoint_mean`.
+
+    Returns:
+        `(*shape)`, the dtype of the stack.
+
+    Raises:
+        RangeError: density outside [0, 1], a wrong number of weights, an unknown choice.
+        NonFiniteError: NaN or inf, where density is below 1.
+
+    Examples:
+        >>> ties(torch.tensor([[4.0, -1.0, 0.1, 2.0], [2.0, 0.2, 3.0, -2.5]]), density=0.5)
+        tensor([ 4.0000,  0.0000,  3.0000, -2.5000])
+
+    References:
+        [Yadav et al., TIES-Merging, 2023](https://arxiv.org/abs/2306.01708). The authors' code keeps one more entry and
+        gives exact zeros the majority's sign: `presets.ties_reference`.
+    """
+    n = len(stack)
+    factors = factors_of(weights, n)
+    voting = factors if weighted_vote else None
+    if scope == "row" and zero == "majority":
+        raise RangeError("scope must be 'global' or 'tensor' with zero='majority'; got 'row'")
+    if scope == "row":
+        cuts = Cuts((EVERYTHING,) * n)
+        trimmed: Vectors = _weighed([topk(x, density, scope=scope, count=count, at=at) for x in stack], voting)
+    else:
+        cuts = at.take(topk_cuts, stack, density, count)
+        everything = all(key == EVERYTHING for key in cuts.keys)
+        trimmed = _weighed(stack if everything else cuts.keep(stack, at), voting)
+    winner = at.take(ties_majority, stack, cuts, weights, by, zero, weighted_vote) if zero == "majority" else None
+    signs = elected(trimmed, by, zero, winner)
+    return _disjoint(trimmed, signs, [1.0] * n if weighted_vote else factors, factors, reduce)
+
+
+def _weighed(vectors: Vectors, factors: Sequence[float] | None) -> Vectors:
+    return vectors if factors is None else [x * factor for x, factor in zip(vectors, factors, strict=True)]
