@@ -1,20 +1,24 @@
 """load and save: what comes back, what is refused, what is left when something fails."""
 
 import errno
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import Read
 from torch import Tensor, nn
 
 from taskvec import BackdoorVector, TaskVector, load, merge, save
 from taskvec._engine.run import Lazy, entries_of
+from taskvec._engine.sources import Spec
 from taskvec._files import save as save_module
 from taskvec.errors import (
     DegenerateError,
@@ -24,6 +28,7 @@ from taskvec.errors import (
     LocationError,
     MissingError,
     RangeError,
+    RuleError,
 )
 from taskvec.merges import ties
 
@@ -297,7 +302,176 @@ def test_a_damaged_record_of_a_vector_is_refused(tmp_path):
             load(tmp_path / "v.safetensors")
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b.replace(b"FloatStorage", b"FloatStorbge"),
+        lambda b: b.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v9"),
+        lambda b: b[:40] + bytes(200) + b[240:],
+    ],
+)
+def test_damage_to_a_pickle_is_an_error_of_ours_that_names_the_file(tmp_path, spoil):
+    for name, new in (("zip.pt", True), ("old.pt", False)):
+        torch.save({"w": torch.ones(4)}, tmp_path / name, _use_new_zipfile_serialization=new)
+        (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
+        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+            load(tmp_path / name)
+
+
+RECURSIVE = b"\x80\x02" + b"]" * 3 + b"a" * 2 + b"."
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"\x80\x02.", b"garbage", b"(" * 5000, RECURSIVE, b"\x80\x02K\x05.", b"\x80\x04\x95"]
+)
+def test_bytes_that_are_no_pickle_are_refused_by_name(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(FormatError, match=r"bad\.pt"):
+        load(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"type": "TaskVector", "meta": 3}', '{"type": "TaskVector", "meta": {"a": 1}}', '{"type": [], "meta": {}}',
+     "[" * 100_000, '{"type": "TaskVector", "meta": {"tied": "{"}}', '{"type": "TaskVector", "meta": {"tied": "[1]"}}'],
+)  # fmt: skip
+def test_a_record_that_lies_is_refused(tmp_path, text):
+    save({"w": torch.ones(1)}, tmp_path / "v.safetensors", metadata={"taskvec": text})
+    with pytest.raises(FormatError, match="record of a task vector"):
+        load(tmp_path / "v.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe.pt")
+    folder = write_index(tmp_path / "m", {"w": "s.safetensors"})
+    os.mkfifo(folder / "s.safetensors")
+    (tmp_path / "one").mkdir()
+    os.mkfifo(tmp_path / "one" / "model.safetensors")
+    for name in ("pipe.safetensors", "pipe.pt", "m", "one"):
+        with pytest.raises(FormatError, match="is not a regular file"):
+            load(tmp_path / name)
+
+
+def test_tensors_without_values_are_refused(tmp_path):
+    torch.save({"w": torch.empty(3, device="meta")}, tmp_path / "m.pt")
+    with pytest.raises(FormatError, match="meta device, which have no values: 'w'"):
+        load(tmp_path / "m.pt")
+
+
+def test_what_a_pickle_hands_out_is_a_copy(tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "m.pt")
+    first = load(tmp_path / "m.pt")
+    first["w"].mul_(7)
+    assert first["w"].eq(1).all()
+    assert load(tmp_path / "m.pt")["w"].eq(1).all()
+    again = load(tmp_path / "m.pt")
+    tuned = {"w": again["w"].add_(1)}
+    assert TaskVector.between(again, tuned)["w"].eq(1).all()
+
+
+def test_a_pickle_that_was_written_anew_is_an_error_and_not_the_end_of_the_interpreter(tmp_path):
+    torch.save({"w": torch.ones(1 << 20)}, tmp_path / "m.pt")
+    opened = load(tmp_path / "m.pt")
+    torch.save({"w": torch.ones(1)}, tmp_path / "m.pt")
+    with pytest.raises(FormatError, match="was changed after it was opened"):
+        opened["w"]
+
+
+def test_a_dropped_pickle_is_freed(tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "m.pt")
+    opened = load(tmp_path / "m.pt")
+    state = weakref.ref(opened.source._state["w"])
+    del opened
+    gc.collect()
+    assert state() is None
+
+
 # what is left when something fails
+
+
+THESIS = {"config.json": "{}", "tokenizer.model": "words", "chapters/thesis.tex": "\\begin", "notes.txt": "n"}
+
+
+@pytest.mark.parametrize("shards", [(None, None), (None, 100), (100, None), (100, 60)])
+def test_overwriting_a_folder_replaces_its_weight_files_and_nothing_else(tmp_path, shards):
+    folder = tmp_path / "model"
+    models = [{f"w{i}": torch.full((20,), float(value)) for i in range(4)} for value in (1, 2)]
+    save(models[0], folder, max_shard_size=shards[0])
+    for name, text in THESIS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "link").symlink_to("notes.txt")
+    with pytest.raises(ExistsError, match="replace its weight files and their index; all else in the folder stays"):
+        save(models[1], folder)
+    save(models[1], folder, max_shard_size=shards[1], overwrite=True)
+    assert same(dict(load(folder)), models[1])
+    assert {name: (folder / name).read_text() for name in THESIS} == THESIS
+    assert (folder / "link").is_symlink()
+    kept = {path.name for path in folder.iterdir()} - {
+        "config.json",
+        "tokenizer.model",
+        "chapters",
+        "notes.txt",
+        "link",
+    }
+    fresh = tmp_path / "fresh"
+    save(models[1], fresh, max_shard_size=shards[1])
+    assert kept == {path.name for path in fresh.iterdir()}  # no old shard is left
+
+
+def test_a_folder_whose_weights_cannot_be_told_is_not_overwritten(tmp_path):
+    (tmp_path / "m").mkdir()
+    for name in "ab":
+        save({"w": torch.ones(1)}, tmp_path / "m" / f"{name}.safetensors")
+    with pytest.raises(FormatError, match="2 .safetensors files and no index"):
+        save({"w": torch.zeros(1)}, tmp_path / "m", overwrite=True)
+    assert load(tmp_path / "m" / "a.safetensors")["w"].eq(1).all()
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.bin", "model.ckpt"])
+def test_the_suffix_of_a_pickle_is_refused(tmp_path, name):
+    with pytest.raises(RangeError, match=r"suffix of a pickle; .*model\.safetensors"):
+        save({"w": torch.ones(1)}, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_any_number_of_workers_writes_the_same_file(tmp_path, workers):
+    models = [
+        {f"w{i}": torch.randn(300, 700, generator=torch.Generator().manual_seed(i + j)) for i in range(5)}
+        for j in (0, 9)
+    ]
+    for i, m in enumerate(models):
+        save(m, tmp_path / str(i))
+    base, tuned = (load(tmp_path / str(i)) for i in range(2))
+    v = TaskVector.between(base, tuned)
+    save(merge([v, v * 0.5], ties, density=0.3).apply(base), tmp_path / "m.safetensors", workers=workers)
+    eager = [TaskVector.between(*models)]
+    save(merge([eager[0], eager[0] * 0.5], ties, density=0.3).apply(models[0]), tmp_path / "e.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
+    with pytest.raises(RangeError, match="workers must be at least 1"):
+        save({"w": torch.ones(1)}, tmp_path / "n.safetensors", workers=0)
+
+
+def test_strided_and_transposed_tensors_are_saved(tmp_path):
+    odd = {"one": torch.arange(6.0)[::6], "gaps": torch.arange(6.0)[::2], "t": torch.arange(6.0).reshape(2, 3).T}
+    save(odd, tmp_path / "m.safetensors")
+    assert same(dict(load(tmp_path / "m.safetensors")), {name: x.contiguous() for name, x in odd.items()})
+
+
+def test_a_block_that_is_not_what_its_spec_says_is_not_written(tmp_path):
+    class Wrong(Read):
+        pass
+
+    specs = {"w": Spec((4,), torch.float32)}
+    for block in (torch.ones(4, dtype=torch.float64), torch.ones(9)):
+        source = Wrong(specs, lambda *_, block=block: block)
+        with pytest.raises(RuleError, match="'w' must be 4 entries of torch.float32"):
+            save(Lazy(source), tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_output_is_not_touched(tmp_path):

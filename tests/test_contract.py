@@ -440,6 +440,48 @@ def test_dot_products_are_taken_in_float64():
     )
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (signs.elect, {}),
+        (signs.elect, {"by": "count"}),
+        (signs.elect, {"zero": "positive"}),
+        (signs.agreement, {}),
+        (signs.consistent, {}),
+        (signs.consistent, {"agree": 0.6}),
+        (merges.mean, {}),
+        (merges.ties, {}),
+        (merges.magmax, {}),
+        *[(merges.consensus, {"reduce": reduce}) for reduce in ("mean", "sum", "largest")],
+        (merges.dare, {"density": 1.0, "seed": 0}),
+    ],
+)
+def test_nan_flows_through_elementwise_rules(rule, options):
+    stack = torch.tensor([[1.0, NAN, 2.0], [1.0, 5.0, -2.0], [1.0, -7.0, 3.0]])
+    found = rule(stack, **options)
+    assert found.isnan().tolist() == [False, True, False]
+    assert merge([{"x": x} for x in stack], rule, **options)["x"].isnan().tolist() == [False, True, False]
+
+
+def test_nan_flows_through_elementwise_leaves():
+    x = torch.tensor([1.0, NAN, -3.0])
+    assert sparsify.above(x, 2.0).isnan().tolist() == [False, True, False]
+    assert sparsify.topk(x, 1.0).isnan().tolist() == [False, True, False]
+    assert sparsify.drop(x, 1.0, seed=0).isnan().tolist() == [False, True, False]
+
+
+def test_signs_of_the_smallest_and_the_largest_numbers_are_right():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        info = torch.finfo(dtype)
+        values = [info.max, info.tiny, info.smallest_normal * info.eps, 0.0, float("inf")]
+        x = torch.tensor(values, dtype=dtype)
+        assert signs.elect(torch.stack([x, x * 0])[:1]).tolist() == [1, 1, 1, 0, 1]
+        assert signs.elect(-x[None], by="count").tolist() == [-1, -1, -1, 0, -1]
+
+
 def test_a_nan_shows_in_magmax_wherever_it_stands():
     nan = float("nan")
     assert bool(merges.magmax(torch.tensor([[nan, 1.0, 2.0], [1.0, nan, 3.0], [5.0, 7.0, 1.0]]))[:2].isnan().all())

@@ -842,3 +842,39 @@ def test_a_lazy_mapping_knows_its_names_and_shapes_without_reading():
 def test_a_mapping_of_no_tensors_gives_one():
     for source in (Memory({}), lazy({}).source):
         assert collect(lift([source], torch.neg, {}, stacked=False), []) == {}
+
+
+def test_sources_that_are_wide_in_different_names_are_merged_in_the_wider_dtype():
+    g = torch.Generator().manual_seed(0)
+    pair = [{n: torch.randn(500, generator=g).double() for n in "xy"} for _ in range(2)]
+    mixed = [{"x": pair[0]["x"], "y": pair[0]["y"].float()}, {"x": pair[1]["x"].float(), "y": pair[1]["y"]}]
+    wide = [{n: x.double() for n, x in model.items()} for model in mixed]
+    found, expected = (merge([TaskVector(m) for m in models], ties, density=0.5) for models in (mixed, wide))
+    assert_same(found, expected)
+    assert sum(int(x.count_nonzero()) for x in found.values()) < 900
+
+
+@pytest.mark.parametrize("shape", [(400, 700), (3, 50, 60), (1, 5, 7000)])
+def test_of_tensors_with_gaps_no_more_is_copied_than_is_read(shape):
+    x = torch.randn(*shape[::-1]).permute(*range(len(shape))[::-1])
+    assert not x.is_contiguous()
+    source = Memory({"x": x})
+    flat = x.flatten()
+    for start, stop in ((0, 1), (17, 9000), (len(flat) - 5, len(flat)), (0, len(flat))):
+        assert same_bits(entries_of(source, "x", start, min(stop, len(flat))), flat[start:stop])
+
+
+def test_a_transposed_tensor_is_not_copied_whole_for_every_block(monkeypatch):
+    copied: list[int] = []
+    reshape = torch.Tensor.reshape
+
+    def watched(x: Tensor, *shape: Any) -> Tensor:
+        if not x.is_contiguous():
+            copied.append(x.numel())
+        return reshape(x, *shape)
+
+    x = torch.randn(8 * BLOCK // 1000, 1000).T.contiguous().T
+    v = TaskVector({"x": x})
+    monkeypatch.setattr(torch.Tensor, "reshape", watched)
+    v.map(sparsify.above, threshold=0.5)
+    assert sum(copied) < 2 * x.numel()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from small import Held, lazy
 from torch import nn
 
-from taskvec import TaskVector, load, merge, rounding_loss
+from taskvec import TaskVector, load, merge, presets, rename, rounding_loss, save, select
 from taskvec._engine.run import Lazy
 from taskvec.errors import (
     AliasError,
@@ -18,10 +19,11 @@ from taskvec.errors import (
     MismatchError,
     MissingError,
     NonFiniteError,
+    OptionError,
     RangeError,
 )
-from taskvec.merges import mean
-from taskvec.sparsify import topk
+from taskvec.merges import dare, mean, ties
+from taskvec.sparsify import rank_drop, topk
 
 
 def model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -134,7 +136,8 @@ def test_dtypes_without_arithmetic_are_refused_by_name(tensor, hint):
 
 
 def test_quantised_and_distributed_tensors_are_refused_by_name():
-    with pytest.warns(UserWarning, match="quant") as _:  # torch itself announces their end
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces their end, once
         quantised = torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)
     with pytest.raises(DtypeError, match="'q' is quantised"):
         TaskVector.between({"q": quantised}, {"q": quantised.clone()})
@@ -420,3 +423,207 @@ def test_merging_weights_keeps_what_is_not_weights_and_refuses_mixtures():
         merge([], mean)
     with pytest.raises(MismatchError, match="only in vector 0"):
         merge([vector(), vector().select("scale")], mean)
+
+
+# tied weights: a module has both names, a saved folder one
+
+
+def module_like(value: float) -> dict[str, torch.Tensor]:
+    shared = torch.full((2, 2), value)
+    return {"embed.weight": shared, "lm_head.weight": shared, "bias": torch.zeros(2)}
+
+
+def folder_like(value: float) -> dict[str, torch.Tensor]:
+    return {"embed.weight": torch.full((2, 2), value), "bias": torch.zeros(2)}
+
+
+SIDES = {"module": module_like, "folder": folder_like}
+
+
+@pytest.mark.parametrize("kind", [dict, lazy])
+@pytest.mark.parametrize("base", SIDES)
+@pytest.mark.parametrize("tuned", SIDES)
+@pytest.mark.parametrize("onto", SIDES)
+def test_a_name_that_is_tied_in_one_side_and_absent_in_the_other_counts_as_tied(base, tuned, onto, kind):
+    from taskvec._vectors.model import tied_names
+
+    def made(side: str, value: float):
+        model = SIDES[side](value)
+        found = kind(model)
+        if kind is lazy:
+            found.tied = tied_names(model)
+        return found
+
+    v = TaskVector.between(made(base, 0.0), made(tuned, 1.0))
+    assert list(v) == ["embed.weight", "bias"]
+    applied = v.apply(made(onto, 5.0), 0.5)
+    assert list(applied) == list(SIDES[onto](0.0))
+    assert all(bool(applied[name].eq(5.5).all()) for name in applied if name != "bias")
+    if kind is dict:
+        assert applied.get("lm_head.weight", applied["embed.weight"]).eq(5.5).all()
+
+
+def test_a_fingerprint_does_not_see_tied_duplicates():
+    metas = [TaskVector.between(side(0.0), side(1.0)).meta for side in SIDES.values()]
+    assert metas[0]["base.layout"] == metas[1]["base.layout"]
+    assert metas[0]["base.values"] == metas[1]["base.values"]
+    assert (
+        (
+            TaskVector.between(module_like(0.0), module_like(1.0))
+            + TaskVector.between(folder_like(0.0), folder_like(2.0))
+        )["embed.weight"]
+        .eq(3)
+        .all()
+    )
+
+
+def test_a_tied_model_that_is_saved_applied_and_loaded_into_its_module_keeps_its_head(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.lm_head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.lm_head.weight = self.embed.weight
+
+    module = Tied()
+    base = load(module)
+    for i, model in enumerate((base, {name: w + 1 for name, w in base.items()})):
+        save({name: w for name, w in model.items() if name != "lm_head.weight"}, tmp_path / f"{i}")
+    v = TaskVector.between(load(tmp_path / "0"), load(tmp_path / "1"))
+    module.load_state_dict(v.apply(base))
+    assert torch.equal(module.lm_head.weight, base["embed.weight"] + 1)
+
+
+# what is refused, and how it is said
+
+VECTOR = TaskVector({"w": torch.ones(2, 2)})
+MODEL = {"w": torch.zeros(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: TaskVector.between("a", "b"),
+            DtypeError,
+            r"base must be a mapping of tensors; got the text 'a'; use load\(",
+        ),
+        (lambda: VECTOR.apply("x.safetensors"), DtypeError, r"the base must be .* use load\('x.safetensors'\)"),
+        (lambda: TaskVector.between(MODEL, VECTOR), DtypeError, "tuned must be a model; got a TaskVector"),
+        (lambda: TaskVector.between(VECTOR, MODEL), DtypeError, "base must be a model; got a TaskVector"),
+        (lambda: VECTOR.apply(VECTOR), DtypeError, "the base must be a model; got a TaskVector"),
+        (lambda: merge(VECTOR, ties), DtypeError, r"inputs must be a list .* got one TaskVector; use \[vector\]"),
+        (lambda: merge({"a": VECTOR}, ties), DtypeError, r"got one dict; use list\(inputs.values\(\)\)"),
+        (lambda: merge([VECTOR], "ties"), OptionError, r"merge\(\) must be given a function; got 'ties'; import it"),
+        (lambda: merge([VECTOR], topk, density=0.5), OptionError, r"got topk; use it in vector.map"),
+        (
+            lambda: VECTOR.map(ties),
+            OptionError,
+            r"map\(\) must be given a function of one tensor; got ties; use it in merge",
+        ),
+        (lambda: VECTOR.map(presets.ties_peft), OptionError, "one tensor"),
+        (lambda: VECTOR.cosine({"w": torch.ones(2, 2)}), DtypeError, "other must be a TaskVector; got dict"),
+        (lambda: VECTOR.dot(MODEL), DtypeError, "other must be a TaskVector"),
+        (lambda: VECTOR.allclose(MODEL), DtypeError, "other must be a TaskVector"),
+        (
+            lambda: TaskVector(nn.Linear(1, 1)),
+            DtypeError,
+            r"tensors must be .* got a module \(Linear\); use load\(module\)",
+        ),
+        (lambda: TaskVector({"w": 3}), DtypeError, "got int under 'w'"),
+        (lambda: merge([MODEL, "b"], mean), DtypeError, "input 1 must be a mapping of tensors; got the text 'b'"),
+        (
+            lambda: VECTOR.apply(MODEL, {"v*": 2.0, "*": 1.0}),
+            MissingError,
+            r"scale: 'v\*' matches no name of the vector",
+        ),
+        (lambda: merge([VECTOR], dare, density=0.5, seed=None), OptionError, "seed must be an integer; got None"),
+        (lambda: merge([VECTOR], dare, density=0.5, seed=1.5), OptionError, "seed must be an integer; got 1.5"),
+        (lambda: VECTOR.map(rank_drop, density=0.5, epsilon=0.1, seed=True), OptionError, "seed must be an integer"),
+        (lambda: VECTOR.map(topk, density=torch.tensor(0.5)), RangeError, r"density must be a number.* use float\("),
+        (lambda: merge([VECTOR], dare, density="0.5", seed=0), RangeError, "density must be a number"),
+    ],
+)
+def test_a_call_that_cannot_be_meant_says_what_to_do(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_between_takes_keywords():
+    found = TaskVector.between(base=MODEL, tuned={"w": torch.ones(2, 2)})
+    assert found["w"].eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layer.0.q.lora_A.weight", "q.lora_B.default.weight", "e.lora_embedding_A", "x.hada_w1_a", "m.ia3_l.default"],
+)
+def test_factors_of_adapters_are_refused_by_name(name):
+    factors = {name: torch.ones(2, 2)}
+    calls = [
+        lambda: TaskVector(factors),
+        lambda: TaskVector.between(factors, {name: torch.zeros(2, 2)}),
+        lambda: merge([factors, {name: torch.zeros(2, 2)}], mean),
+    ]
+    for call in calls:
+        with pytest.raises(DtypeError, match=r"is a factor of an adapter.*merge_and_unload"):
+            call()
+    assert list(TaskVector.between({**factors, **MODEL}, {**factors, "w": torch.ones(2, 2)}, exclude="*.*")) == ["w"]
+
+
+def test_what_an_error_advises_to_exclude_can_be_excluded():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces their end, once
+        quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    odd = {"q": quantised, "c": torch.ones(2, dtype=torch.complex64), "f": torch.ones(2).to(torch.float8_e4m3fn)}
+    base, tuned = {**MODEL, **odd}, {"w": torch.ones(2, 2), **odd}
+    for kind in (dict, lazy):
+        v = TaskVector.between(kind(base), kind(tuned), exclude=["q", "c", "f"])
+        applied = v.apply(base)
+        assert list(v) == ["w"]
+        assert applied["w"].eq(1).all()
+        assert list(applied) == list(base)
+
+
+def test_a_pattern_that_matches_in_one_model_counts_and_the_prefix_is_hinted_at():
+    more = {**model(1), "extra.bias": torch.ones(1)}
+    assert "scale" in TaskVector.between(model(0), more, exclude="extra.*")
+    assert "scale" in TaskVector.between(more, model(0), exclude="extra.*")
+    mostly = {f"module.{name}": tensor for name, tensor in model(1).items() if name != "scale"}
+    with pytest.raises(MismatchError, match=r"begin with 'module\.': rename\(\)"):
+        TaskVector.between(model(0), mostly)
+
+
+def test_select_and_rename_are_functions_of_any_mapping(tmp_path):
+    save(model(0), tmp_path / "m.safetensors")
+    for mapping in (model(0), load(tmp_path / "m.safetensors"), vector()):
+        part = rename(select(mapping, "encoder.*"), str.upper)
+        assert list(part) == sorted(part, key=list(part).index)
+        assert set(part) == {"ENCODER.0.WEIGHT", "ENCODER.0.BIAS"}
+        assert torch.equal(part["ENCODER.0.BIAS"], mapping["encoder.0.bias"])
+        assert isinstance(part, TaskVector) == isinstance(mapping, TaskVector)
+        with pytest.raises(MissingError, match="matches no name"):
+            select(mapping, "decoder.*")
+
+
+def test_a_factor_takes_the_dtype_of_the_tensor(tmp_path):
+    v = TaskVector({"logit_scale": torch.tensor(3.0), "w": torch.ones(2, dtype=torch.bfloat16)})
+    for kind in (dict, lazy):
+        w = TaskVector(kind(v)) / v.norm()
+        assert {name: x.dtype for name, x in w.items()} == {"logit_scale": torch.float32, "w": torch.bfloat16}
+        save(w, tmp_path / "w", overwrite=True)
+        back = load(tmp_path / "w")
+        assert float(back["logit_scale"]) == pytest.approx(3 / 11**0.5)
+        assert same(dict(back), dict(w))
+
+
+def test_a_lazy_vector_that_is_moved_says_so_and_merges_there():
+    v = TaskVector(lazy(dict(vector()))).to("meta")
+    assert v["scale"].device.type == "meta"
+    merged = merge([v, v], mean)
+    assert {merged.source.device(name).type for name in merged} == {"meta"}
+    assert merged["scale"].device.type == "meta"
+
+
+def test_keys_complete_and_vectors_share_their_names():
+    assert vector()._ipython_key_completions_() == list(vector())
+    assert lazy(model(0))._ipython_key_completions_() == list(model(0))
