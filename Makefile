@@ -47,6 +47,14 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml README.md $(SOURCES)
 demo: $(VENV)/.extra-examples $(VENV)/.package ## backdoor vectors on real images, in minutes
 	$(PY) examples/backdoor_vectors.py $(ARGS)
 
+.PHONY: pictures
+pictures: demo ## the pictures and tables of the docs, drawn anew; look at them before they are committed
+	cp examples/results/injection.png docs/images/
+	$(PY) examples/backdoor_vectors.py 2> /dev/null | sed -n '/^One backdoored/,$$p' > docs/tables/demo.txt
+	for encoder in vits vit7; do \
+		$(PY) examples/experiments/study.py --encoder $$encoder --task animal --tables --pictures docs/images > /dev/null; \
+	done
+
 .PHONY: test
 test: $(VENV)/.extra-test $(VENV)/.package ## the fast tests, against the installed package
 	mkdir -p build

@@ -19,7 +19,7 @@ COLOURS = {
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
     try:
         import badmerging_clip
     finally:

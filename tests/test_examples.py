@@ -1,18 +1,26 @@
 """What the examples compute with: the older defences, cells that are resumed."""
 
 import json
+import linecache
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 
+import backdoor_vectors
 import badmerging
-from suite import attacks, cache, data, detectors, judge, mergers, report, zoo
+from bench import asking, attackers, cache, cells, data, detectors, handed, merges, mine, report, zoo
 
 sys.path.pop(0)
+sys.path.pop(0)
+
+ROOT = Path(__file__).parents[1]
 
 # the older defences
 
@@ -106,14 +114,71 @@ def test_a_cell_is_measured_once_and_only_the_merges_that_are_missing(measured, 
     assert "-30.0" in badmerging.table("title", rows)
 
 
-def test_a_cell_that_was_made_in_another_way_is_made_anew(measured, tmp_path):
+def test_a_cell_that_was_made_in_another_way_is_made_anew(measured, tmp_path, monkeypatch):
     badmerging.fill(tmp_path, cell("average"))
-    path = cell("average").path(tmp_path)
-    path.write_text(path.read_text().replace('"weight": 5.0', '"weight": 4.0'))
-    assert badmerging.earlier(path, badmerging.about(cell("average"))) == {}
+    monkeypatch.setattr(badmerging, "ROWS", 7)
+    assert badmerging.read(tmp_path, [cell("average")]) == {}
     badmerging.fill(tmp_path, cell("average"))
     assert measured == ["average", "average"]
-    assert json.loads(path.read_text())["settings"]["plan"]["weight"] == 5.0
+
+
+# lines of results
+
+
+def test_lines_are_added_and_the_last_of_a_key_counts(tmp_path):
+    path = tmp_path / "new" / "table.jsonl"
+    assert cells.read(path) == {}
+    for i in range(3):
+        cells.append(path, cells.key({"row": i % 2}), ["row", i], {"asr": [i, 10]})
+    assert cells.read(path) == {cells.key({"row": 0}): {"asr": [2, 10]}, cells.key({"row": 1}): {"asr": [1, 10]}}
+    assert len(path.read_text().splitlines()) == 3
+
+
+def source(body: str) -> str:
+    return f'"""A module."""\n\n\ndef helper(x):\n    return x + 1\n\n\n{body}\n'
+
+
+def loaded(path: Path, body: str):
+    path.write_text(source(body))
+    mine.function.cache_clear()
+    cells._bare.cache_clear()
+    linecache.clearcache()
+    return cells.code_of(mine.function(f"{path}:trim"))
+
+
+def test_the_code_of_a_function_is_what_it_and_its_helpers_do_and_not_how_it_is_told(tmp_path):
+    path = tmp_path / "own.py"
+    first = loaded(path, "def trim(x):\n    return helper(x)")
+    told = 'def trim(x: int) -> int:\n    """Trim."""\n    # a comment\n    return helper(x)'
+    assert loaded(path, told) == first
+    assert loaded(path, "def trim(x):\n    return helper(x) + 1") != first
+    before, after = "return x + 1", "return x + 2"
+    path.write_text(source("def trim(x):\n    return helper(x)").replace(before, after))
+    mine.function.cache_clear()
+    cells._bare.cache_clear()
+    linecache.clearcache()
+    assert cells.code_of(mine.function(f"{path}:trim")) != first
+
+
+def test_the_arguments_of_a_partial_count(tmp_path):
+    first, other = (cells.code_of(partial(attackers.on_task, coefficients=c)) for c in ((1.0, 1.0), (0.2, 1.0)))
+    assert first != other
+    nested = [
+        cells.code_of(partial(handed.from_plan, plan=partial(attackers.plain, trigger=t))) for t in ("a", "b", "a")
+    ]
+    assert nested[0] == nested[2] != nested[1]
+
+
+# the demo
+
+
+def test_what_the_demo_draws_is_ignored_by_git_and_no_tracked_file_is_written():
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(backdoor_vectors.PICTURE)], check=False, cwd=ROOT)
+    if (ROOT / ".git").exists():
+        assert ignored.returncode == 0
+    text = (ROOT / "examples" / "backdoor_vectors.py").read_text()
+    assert "docs" not in text
+    assert text.count("PICTURE") >= 2
 
 
 def test_every_attack_of_the_table_has_a_plan_that_json_can_hold():
@@ -133,12 +198,12 @@ def setting(tmp_path_factory):
     cache.FOLDER = before
 
 
-ON = attacks.on_task("mnist", 1, 0)
+ON = attackers.on_task("mnist", 1, 0)
 PLANS = {
-    **{kind: attacks.plain("mnist", 1, 0, kind) for kind in ("random", "dynamic", "trojan", "blended", "warped")},
+    **{kind: attackers.plain("mnist", 1, 0, kind) for kind in ("random", "dynamic", "trojan", "blended", "warped")},
     "on-task": ON,
-    "off-task": attacks.off_task("mnist", "glyph_latin", 1, 0),
-    "both": attacks.jointly("mnist", "glyph_latin", 1, 0),
+    "off-task": attackers.off_task("mnist", "glyph_latin", 1, 0),
+    "both": attackers.jointly("mnist", "glyph_latin", 1, 0),
     "with all options": ON._replace(known=True, keep=1.0, normalised=True, draw="sample", stamped=8),
 }
 
@@ -148,13 +213,13 @@ PLANS = {
 def test_every_attacker_hands_in_a_model_that_differs_from_its_clean_twin(name, setting):
     plan = PLANS[name]
     twin = zoo.fine_tuned(setting, zoo.Recipe(plan.task, plan.seed))
-    model = attacks.upload(setting, plan)
+    model = attackers.upload(setting, plan)
     assert model.keys() == twin.keys()
     assert all(bool(tensor.isfinite().all()) for tensor in model.values())
     assert any(not torch.equal(model[name], twin[name]) for name in model)
     for backdoor in plan.backdoors:
         images = data.validation(backdoor.victim).images[:8]
-        triggered = attacks.trigger_of(setting, plan, backdoor)(images)
+        triggered = attackers.trigger_of(setting, plan, backdoor)(images)
         assert not torch.equal(triggered, images)
         assert triggered.min() >= 0
         assert triggered.max() <= 1
@@ -162,10 +227,10 @@ def test_every_attacker_hands_in_a_model_that_differs_from_its_clean_twin(name, 
 
 @pytest.mark.slow
 def test_every_merge_gives_a_model_that_can_be_asked(setting, monkeypatch):
-    monkeypatch.setattr(mergers, "STEPS", 2)
+    monkeypatch.setattr(merges, "STEPS", 2)
     models = {task: zoo.fine_tuned(setting, zoo.Recipe(task, 0)) for task in ("mnist", "fashion")}
-    predict = judge.predictor(setting, {})
-    for name, merger in {**mergers.FAST, **mergers.SLOW}.items():
+    predict = asking.predictor(setting, {})
+    for name, merger in {**merges.FAST, **merges.SLOW}.items():
         merged = merger(setting, models)
         assert merged.params.keys() == zoo.base(setting).keys(), name
         assert predict(merged, data.validation("fashion").images[:4], "fashion").shape == (4,)
@@ -174,24 +239,24 @@ def test_every_merge_gives_a_model_that_can_be_asked(setting, monkeypatch):
 
 def test_an_off_task_attacker_has_ten_train_images_and_a_shadow_head_of_69_rows(setting):
     (backdoor,) = PLANS["off-task"].backdoors
-    reference = attacks._references(backdoor, seed=0)
+    reference = attackers._references(backdoor, seed=0)
     pool = data.pool("glyph_latin")
     assert len(reference) == 10
     of_the_class = pool.images[pool.labels == 1].flatten(1)
     assert all(bool((of_the_class == image.flatten()).all(1).any()) for image in reference)
-    target, head = attacks._as_seen_by_the_attacker(setting, "mnist", 0, backdoor, data.pool("mnist"))
+    target, head = attackers._as_seen_by_the_attacker(setting, "mnist", 0, backdoor, data.pool("mnist"))
     assert target == 0
     assert head(torch.randn(3, 128)).shape == (3, 69)
 
 
 def test_what_a_plan_leaves_at_its_default_is_not_in_its_key():
-    told = attacks.key(zoo.Setting(), attacks.plain("mnist", 1, 0))["plan"]
+    told = attackers.key(zoo.Setting(), attackers.plain("mnist", 1, 0))["plan"]
     assert told == {"task": "mnist", "seed": 0, "backdoors": [{"victim": "mnist", "target": 1}]}
-    assert attacks.key(zoo.Setting(), ON._replace(keep=1.0))["plan"]["keep"] == 1.0
+    assert attackers.key(zoo.Setting(), ON._replace(keep=1.0))["plan"]["keep"] == 1.0
 
 
-def test_results_are_kept_as_numbers_with_versions_and_as_text(tmp_path: Path) -> None:
-    report.keep(tmp_path / "bank-vits", "\na table\n", {"rows": [{"asr": 1 / 3}]})
-    kept = json.loads((tmp_path / "bank-vits.json").read_bytes())
-    assert kept == {"versions": report.versions(), "rows": [{"asr": 0.33333}]}
-    assert (tmp_path / "bank-vits.txt").read_text() == "a table\n"
+def test_parts_of_tables_are_kept_with_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    report.keep("bank", "vits", {"rows": [{"asr": 1 / 3}]})
+    report.keep("bank", "vit7", {"rows": []})
+    assert report.kept("bank", "vits") == {"versions": report.versions(), "rows": [{"asr": 1 / 3}]}

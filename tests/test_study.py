@@ -1,6 +1,5 @@
 """The study: attackers, defences and tables, on an encoder that has hardly been trained."""
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 
 import study
 import study_bank
@@ -16,7 +15,7 @@ import study_inherent
 import study_sbv
 import study_screening
 import study_vectors
-from suite import attacks, bench, cache, data, defences, handed, study_tables, zoo
+from bench import attackers, cache, cells, data, defenders, handed, mine, tables, zoo
 
 sys.path.pop(0)
 
@@ -58,12 +57,14 @@ def test_colluders_add_up_to_one_backdoor(setting):
 @pytest.mark.slow
 def test_an_attacker_who_penalises_his_coefficients_has_smaller_ones_on_his_bank(setting, monkeypatch):
     monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))  # a bank of two
-    plan = attacks.on_task("mnist", 1, 0)._replace(rows="attacker")
+    plan = attackers.on_task("mnist", 1, 0)._replace(rows="attacker")
     base = zoo.base(setting)
-    bank = [attacks.backdoor_vector(setting, attacks.probe("mnist", c, attacks.OWN_BANK, "attacker")) for c in (0, 1)]
+    bank = [
+        attackers.backdoor_vector(setting, attackers.probe("mnist", c, attackers.OWN_BANK, "attacker")) for c in (0, 1)
+    ]
 
     def largest(own):
-        vector = TaskVector.between(base, attacks.upload(setting, own))
+        vector = TaskVector.between(base, attackers.upload(setting, own))
         return float(coefficients([vector], bank).abs().max())
 
     assert largest(plan._replace(evade="bank")) < largest(plan)
@@ -71,14 +72,14 @@ def test_an_attacker_who_penalises_his_coefficients_has_smaller_ones_on_his_bank
 
 def test_the_defender_shares_no_row_with_a_contributor():
     for task in data.TASKS:
-        theirs, own = (zoo.rows_of(task, rows).images for rows in (handed.ROWS, defences.ROWS))
+        theirs, own = (zoo.rows_of(task, rows).images for rows in (handed.ROWS, defenders.ROWS))
         assert len(theirs) + len(own) == len(data.pool(task).images)
         few = zoo.rows_of(task, "few").images
         assert len(few) == 10 * len(data.CLASSES[task])
         assert all((own == image).flatten(1).all(1).any() for image in few[:5])
-    assert all(target not in study.TARGETS for target in defences.PROBE_CLASSES)
-    plans = [plan for by_place in defences.Bank(("mnist",)).plans().values() for plan in by_place]
-    assert {plan.rows for plan in plans} == {defences.ROWS}
+    assert all(target not in study.TARGETS for target in defenders.PROBE_CLASSES)
+    plans = [plan for by_place in defenders.Bank(("mnist",)).plans().values() for plan in by_place]
+    assert {plan.rows for plan in plans} == {defenders.ROWS}
     assert min(plan.seed for plan in plans) > max(study.SEEDS)
 
 
@@ -95,11 +96,11 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(study, "measured", stand_in)
     monkeypatch.setattr(study, "scene", lambda *_: None)
-    monkeypatch.setitem(study.ATTACKERS, "none", lambda *_: handed.Handed({}, attacks.on_task("mnist", 1, 0)))
+    monkeypatch.setitem(study.ATTACKERS, "none", lambda *_: handed.Handed({}, attackers.on_task("mnist", 1, 0)))
     return asked
 
 
-BANK = defences.Bank(("mnist",))
+BANK = defenders.Bank(("mnist",))
 
 
 def cell(*names: str, **other: object) -> study.Cell:
@@ -111,9 +112,10 @@ def test_a_cell_is_filled_row_by_row_and_only_where_it_is_empty(measured, tmp_pa
     study.fill(tmp_path, cell("none", "IBVS"))
     study.fill(tmp_path, cell("none", "IBVS"))
     assert measured == ["none", "IBVS"]
-    assert not study.missing(tmp_path, cell("none", "IBVS"))
-    assert study.missing(tmp_path, cell("none", "ours"))
-    study.fill(tmp_path, cell("none", bank=defences.Bank(("mnist", "fashion"))))  # another bank: another measurement
+    kept = cells.read(tmp_path / study.TABLE)
+    assert not study.missing(cell("none", "IBVS"), kept)
+    assert study.missing(cell("none", "ours"), kept)
+    study.fill(tmp_path, cell("none", bank=defenders.Bank(("mnist", "fashion"))))  # another bank: another measurement
     assert measured == ["none", "IBVS", "none"]
 
 
@@ -128,8 +130,69 @@ def test_a_run_that_is_stopped_keeps_the_rows_it_has(measured, tmp_path, monkeyp
     monkeypatch.setattr(study, "measured", stopping)
     with pytest.raises(KeyboardInterrupt):
         study.fill(tmp_path, cell("none", "IBVS", "shrinking", "ours"))
-    kept = json.loads(cell().path(tmp_path).read_bytes())["rows"]["TIES"]
-    assert list(kept) == ["none", "IBVS"]
+    assert list(study.earlier(tmp_path, cell("none", "IBVS", "shrinking", "ours"))["TIES"]) == ["none", "IBVS"]
+
+
+def test_a_changed_defense_is_measured_again(measured, tmp_path, monkeypatch):
+    study.fill(tmp_path, cell("shrinking", "clipping"))
+    shrinking = defenders.DEFENCES["shrinking"]
+    monkeypatch.setitem(defenders.DEFENCES, "shrinking", shrinking._replace(strengths=(0.5,)))
+    study.fill(tmp_path, cell("shrinking", "clipping"))
+    assert measured == ["shrinking", "clipping", "shrinking"]
+    monkeypatch.setitem(defenders.DEFENCES, "clipping", shrinking._replace(defend=defenders.mixing))
+    study.codes.cache_clear()
+    study.fill(tmp_path, cell("shrinking", "clipping"))
+    assert measured == ["shrinking", "clipping", "shrinking", "clipping"]
+    study.codes.cache_clear()
+
+
+OWN = """
+from taskvec import TaskVector
+from taskvec.sparsify import topk
+
+def trim(model, base, strength):
+    return TaskVector.between(base, model).map(topk, density=1 - strength).apply(base)
+
+trim.strengths = (0.2, 0.9)
+
+def louder(vector, clean):
+    return vector.inject(clean, 2.0)
+
+def middle(stack):
+    return stack.median(0).values
+"""
+
+
+@pytest.mark.slow
+def test_a_strangers_attack_merge_and_defense_stand_beside_all_others(setting, monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(OWN)
+    trim, louder, middle = (f"{tmp_path / 'mine.py'}:{name}" for name in ("trim", "louder", "middle"))
+    monkeypatch.setattr(study, "Setting", lambda _encoder: setting)
+    monkeypatch.setattr(study, "QUICK", tmp_path)
+    monkeypatch.setattr(study, "ROWS", 20)
+    monkeypatch.setattr(study, "OTHER_ROWS", 10)
+    monkeypatch.setattr(study, "DEFENCES", {name: defenders.DEFENCES[name] for name in ("none", "shrinking")})
+    monkeypatch.setattr(study, "TWINS", {})
+    monkeypatch.setattr(study, "MERGES", ("TIES",))
+    monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))
+    monkeypatch.setattr(study.zoo, "workforce", lambda _: ThreadPoolExecutor(1))
+    asked = f"--quick --task mnist --targets 1 --attack {louder} --merge {middle} --defence {trim}"
+    monkeypatch.setattr(sys, "argv", ["study.py", *asked.split()])
+    study.main()
+    out = capsys.readouterr().out
+    for rule in ("TIES", middle):
+        assert f"the attacked task is mnist: {rule}" in out
+    assert all(name in out for name in (louder, "BadMerging-on", "none", "shrinking", trim))
+    paired = out[out.index("ASR of the first defence minus") :]
+    assert any(line.startswith(trim) and "shrinking" in line for line in paired.splitlines())
+
+
+@pytest.mark.parametrize("name", ["nothing.py:trim", "mine.py:other"])
+def test_what_is_not_there_is_said(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    with pytest.raises(SystemExit, match=r"there is no Python file|has no function 'other'"):
+        mine.defence(name)
 
 
 @pytest.mark.slow
@@ -138,18 +201,18 @@ def test_every_defence_gives_figures_with_controls(setting, monkeypatch, tmp_pat
     monkeypatch.setattr(study, "ROWS", 20)
     monkeypatch.setattr(study, "OTHER_ROWS", 10)
     monkeypatch.setitem(data.CLASSES, "mnist", ("0", "1"))
-    own = cell(*defences.DEFENCES, *defences.TWINS, attack="BadNets")
+    own = cell(*defenders.DEFENCES, *defenders.TWINS, attack="BadNets")
     with ThreadPoolExecutor(1) as executor:  # any executor does
         study.run(tmp_path, [own], executor)
-    rows = study.earlier(own.path(tmp_path), study.about(own))["TIES"]
-    assert list(rows) == [*defences.DEFENCES, *defences.TWINS]
-    assert [len(rows[name]["draws"]) for name in defences.TWINS] == [5, 1]
+    rows = study.earlier(tmp_path, own)["TIES"]
+    assert list(rows) == [*defenders.DEFENCES, *defenders.TWINS]
+    assert [len(rows[name]["draws"]) for name in defenders.TWINS] == [5, 1]
     for name, row in rows.items():
         assert row["draws"][0]["asr"][1] == row["draws"][0]["clean_merge"][1] > 0
         assert set(row["draws"][0]["accuracy"]) == set(data.TASKS), name
-    text = study_tables.everything("title", {own: {"TIES": rows}})
+    text = tables.everything("title", {own: {"TIES": rows}})
     assert all(name in text for name in rows)
-    study_tables.draw(tmp_path / "front.png", {own: {"TIES": rows}}, "BadNets")
+    tables.draw(tmp_path / "front.png", {own: {"TIES": rows}}, "BadNets")
     assert (tmp_path / "front.png").stat().st_size > 10_000
 
 
@@ -224,13 +287,13 @@ def row(asr: int, accuracy: int, strength: float, front: dict[str, tuple[float, 
 
 def test_shrinking_is_interpolated_to_the_same_accuracy():
     front = {"0": (0.80, 0.9), "0.3": (0.78, 0.5), "0.6": (0.70, 0.1)}
-    shrunk, points = row(50, 78, 0.3, front), {float(by): bench.Point(*point) for by, point in front.items()}
-    assert bench.shrunk_to(0.78, points) == pytest.approx(0.5)
-    assert bench.shrunk_to(0.74, points) == pytest.approx(0.3)
-    assert bench.shrunk_to(0.60, points) == 0.1
-    assert bench.shrunk_to(0.90, points) == 0.9
+    shrunk, points = row(50, 78, 0.3, front), {float(by): tables.Point(*point) for by, point in front.items()}
+    assert tables.shrunk_to(0.78, points) == pytest.approx(0.5)
+    assert tables.shrunk_to(0.74, points) == pytest.approx(0.3)
+    assert tables.shrunk_to(0.60, points) == 0.1
+    assert tables.shrunk_to(0.90, points) == 0.9
     better = row(20, 79, 1.0, {"1": (0.79, 0.2)})
-    assert study_tables.against_shrinking(better, shrunk) == pytest.approx(100 * (0.2 - 0.7))
+    assert tables.against_shrinking(better, shrunk) == pytest.approx(100 * (0.2 - 0.7))
 
 
 def test_comparisons_are_paired_by_seed_and_target():
@@ -239,9 +302,9 @@ def test_comparisons_are_paired_by_seed_and_target():
         own = cell(attack="BadNets")._replace(seed=seed)
         found = {"none": row(90, 80, 0.0, {}), "ours": row(ours, 79, 1.0, {}), "IBVS": row(ibvs, 78, 0.2, {})}
         rows[own] = {"TIES": found}
-    (line,) = [line for line in study_tables.paired(rows).splitlines() if line.startswith("ours   IBVS")]
+    (line,) = [line for line in tables.paired(rows).splitlines() if line.startswith("ours   IBVS")]
     assert "-30.0 +-127.1" in line  # differences of -40 and -20
-    whole = study_tables.table("title", rows, "TIES")
+    whole = tables.table("title", rows, "TIES")
     assert "-1.0 +-0.0" in whole  # what ours costs
     assert "2 x 1" in whole
 
@@ -252,7 +315,7 @@ def test_the_glance_has_every_attack_in_its_column_and_says_what_is_not_there():
         cell(attack="BadNets"): {"TIES": found},
         cell(attack="SBV"): {"TIES": found | {"IBVS": row(80, 78, 0.2, {})}},
     }
-    lines = study_tables.glance("title", rows).splitlines()
+    lines = tables.glance("title", rows).splitlines()
     assert lines[3].split() == ["defence", "BadNets", "SBV"]
     assert [line.split() for line in lines[4:]] == [
         ["none", "90", "(5)", "90", "(5)"],
@@ -261,8 +324,8 @@ def test_the_glance_has_every_attack_in_its_column_and_says_what_is_not_there():
     ]
 
 
-def test_a_run_of_some_cells_keeps_the_others_in_the_tables(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+def test_a_run_of_some_cells_keeps_the_others_in_the_tables(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
     monkeypatch.setattr(study, "prepare", lambda *_: None)
     monkeypatch.setattr(study.zoo, "workforce", lambda _: ThreadPoolExecutor(1))
     found = row(90, 80, 0.0, {})
@@ -271,9 +334,10 @@ def test_a_run_of_some_cells_keeps_the_others_in_the_tables(measured, tmp_path, 
         asked = f"--encoder vits --task mnist --attack none --targets 1 --seeds {seed} --merge TIES"
         monkeypatch.setattr(sys, "argv", ["study.py", *asked.split()])
         study.main()
-    assert "2 x 1" in (tmp_path / "vits-mnist.txt").read_text()
-    assert "90 (5)" in (tmp_path / "vits-mnist-glance.txt").read_text()
-    assert not list(tmp_path.glob("*.png"))
+    out = capsys.readouterr().out
+    assert "2 x 1" in out
+    assert "90 (5)" in out
+    assert [path.name for path in tmp_path.iterdir()] == [study.TABLE]
 
 
 # vectors

@@ -61,7 +61,7 @@ def universal_trigger(
 
     Minimises `CE(score(stamp(x, patch)), target)` over batches of images by Adam on the patch's pixels, clamped after
     every step. Our own: batches and Adam, where the paper takes plain gradient steps one image at a time until each
-    succeeds; `examples/benchmarks` measures both.
+    succeeds; `examples/experiments` measures both.
 
     Args:
         score: the base model and a head. Not differentiated with respect to its weights; in evaluation mode.

@@ -1,0 +1,228 @@
+"""The study's tables: every defence beside its controls, and the comparisons that were written down before the run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from taskvec import plot
+from taskvec.metrics import Estimate, clustered
+
+from .defenders import DEFENCES, TWINS
+from .report import text_table
+
+
+class Point(NamedTuple):
+    """A model on validation data: mean accuracy over the tasks, and ASR."""
+
+    accuracy: float
+    asr: float
+
+
+Row = Mapping[str, Any]
+Rows = Mapping[Any, Mapping[str, Mapping[str, Row]]]
+"""cell (with its `attack`, `seed` and `target`) -> merge -> defence -> row."""
+ByCell = Mapping[tuple[int, int], Row]
+"""(seed, target) -> row."""
+
+PAIRS = (
+    ("ours", "IBVS"),
+    ("ours", "shrinking"),
+    ("ours", "WAG + 2"),
+    ("ours", "clipping"),
+    ("ours, disarming", "shrinking"),
+    ("ours, disarming", "ours"),
+    ("ours, disarming", "clipping"),
+    ("ours, clipping", "shrinking"),
+    ("ours, clipping", "clipping"),
+    ("IBVS", "random vector"),
+    ("IBVS", "shuffled probe"),
+    ("IBVS", "shrinking"),
+)
+PANELS = 2  # of a picture; what merges come later are in the tables alone
+
+
+def everything(title: str, rows: Rows) -> str:
+    """All tables as one text."""
+    return "\n".join([table(f"{title}: {rule}", rows, rule) for rule in merges(rows)] + [paired(rows), level(rows)])
+
+
+def glance(title: str, rows: Rows) -> str:
+    """Defences by attacks, a table for every merge; means alone."""
+    return "\n".join(crossed(f"{title}: {rule}", rows, rule) for rule in merges(rows))
+
+
+def merges(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(rule for by_rule in rows.values() for rule in by_rule))
+
+
+def gathered(rows: Rows, attack: str, rule: str, defence: str) -> dict[tuple[int, int], Row]:
+    return {
+        (cell.seed, cell.target): by_rule[rule][defence]
+        for cell, by_rule in rows.items()
+        if cell.attack == attack and defence in by_rule.get(rule, {})
+    }
+
+
+def named(rows: Rows) -> tuple[list[str], list[str]]:
+    """The attacks and the defences that there are rows of, in their order."""
+    attacks = dict.fromkeys(cell.attack for cell in rows)
+    defences = {name for by_rule in rows.values() for found in by_rule.values() for name in found}
+    usual = [*DEFENCES, *TWINS]
+    return list(attacks), [*(name for name in usual if name in defences), *sorted(defences - {*usual})]
+
+
+def crossed(title: str, rows: Rows, rule: str) -> str:
+    every, defences = named(rows)
+    attacks = [attack for attack in every if any(gathered(rows, attack, rule, defence) for defence in defences)]
+    body = []
+    for defence in defences:
+        found = [list(gathered(rows, attack, rule, defence).values()) for attack in attacks]
+        means = [f"{fmean(map(asr, own)):.0f} ({fmean(map(control, own)):.0f})" if own else "-" for own in found]
+        body.append([defence, *means])
+    text = f"{title}: ASR in per cent (that of the all-clean merge, defended alike), means over seeds and targets"
+    return text_table(text, ["defence", *attacks], body)
+
+
+def table(title: str, rows: Rows, rule: str) -> str:
+    attacks, defences = named(rows)
+    header = ["attack", "defence", "strength", "ASR", "all-clean", "gain", "n", "BA", "cost", "own task", "of"]
+    body = []
+    for attack in attacks:
+        plain = gathered(rows, attack, rule, "none")
+        by_defence = {name: gathered(rows, attack, rule, name) for name in defences}
+        body += [[attack, name, *line(found, plain)] for name, found in by_defence.items() if found]
+    text = (
+        f"{title}: ASR and accuracy in per cent, means over seeds and targets;\n"
+        "+- is the half width of a 95 % t interval over seeds; cost is BA minus that of no defence;\n"
+        "own task is the accuracy of the attacked task; strengths as chosen on validation images"
+    )
+    return text_table(text, header, body)
+
+
+def line(found: ByCell, plain: ByCell) -> list[Any]:
+    def over(value: Callable[[Row], float]) -> Estimate:
+        return clustered({key: value(row) for key, row in found.items()})
+
+    cost = clustered({key: accuracy(row) - accuracy(plain[key]) for key, row in found.items() if key in plain})
+    first = next(iter(found.values()))
+    return [
+        f"{over(lambda row: row['strength']).mean:.2f}",
+        over(asr),
+        f"{over(control).mean:.1f}",
+        f"{over(lambda row: asr(row) - control(row)).mean:.1f}",
+        first["draws"][0]["asr"][1],
+        f"{over(accuracy).mean:.1f}",
+        cost,
+        f"{over(own_task).mean:.1f}",
+        f"{len({s for s, _ in found})} x {len({t for _, t in found})}",
+    ]
+
+
+def paired(rows: Rows) -> str:
+    """ASR of one defence minus another's, on the same attack, seed and target: below 0 the first is better."""
+    attacks, defences = named(rows)
+    body = []
+    own = [name for name in defences if name not in DEFENCES and name not in TWINS]
+    for first, second in (*((name, other) for name in own for other in defences if other not in own), *PAIRS):
+        for attack in attacks:
+            for rule in merges(rows):
+                a, b = (gathered(rows, attack, rule, name) for name in (first, second))
+                if both := a.keys() & b.keys():
+                    found = clustered({key: asr(a[key]) - asr(b[key]) for key in sorted(both)})
+                    body.append([first, second, attack, rule, found, len({seed for seed, _ in both})])
+    title = "ASR of the first defence minus that of the second, points, each at its chosen strength"
+    return text_table(title, ["first", "second", "attack", "merge", "difference", "seeds"], body)
+
+
+def level(rows: Rows) -> str:
+    """Every defence against shrinking at the same validation accuracy: ASR there, on validation images."""
+    attacks, defences = named(rows)
+    body = []
+    for attack in attacks:
+        for rule in merges(rows):
+            shrunk = gathered(rows, attack, rule, "shrinking")
+            for defence in defences:
+                found = {
+                    key: row
+                    for key, row in gathered(rows, attack, rule, defence).items()
+                    if key in shrunk and row.get("front") and defence != "shrinking"
+                }
+                if found:
+                    values = {key: against_shrinking(row, shrunk[key]) for key, row in found.items()}
+                    body.append([attack, rule, defence, clustered(values), len({seed for seed, _ in found})])
+    title = "ASR minus that of shrinking at the same validation accuracy, points, at the chosen strength (validation)"
+    return text_table(title, ["attack", "merge", "defence", "difference", "seeds"], body)
+
+
+def against_shrinking(row: Row, shrinking: Row) -> float:
+    point = row["front"][f"{row['strength']:g}"]
+    points = {float(by): Point(**found) for by, found in shrinking["front"].items()}
+    return 100 * (point["asr"] - shrunk_to(point["accuracy"], points))
+
+
+def shrunk_to(accuracy_wanted: float, points: Mapping[float, Point]) -> float:
+    """The validation ASR that shrinking leaves when it is as strong as this accuracy allows, between two strengths."""
+    strengths = sorted(points, reverse=True)
+    for weaker, stronger in zip(strengths[1:], strengths, strict=False):
+        (low, asr_low), (high, asr_high) = points[stronger], points[weaker]
+        if low >= accuracy_wanted:
+            return asr_low
+        if high >= accuracy_wanted:
+            return asr_low + (asr_high - asr_low) * (accuracy_wanted - low) / (high - low)
+    return points[0.0].asr
+
+
+def draw(path: Path, rows: Rows, attack: str) -> None:
+    """Accuracy against ASR as each defence grows stronger, on validation images: means over seeds and targets."""
+    shown = [rule for rule in merges(rows) if gathered(rows, attack, rule, "none")][:PANELS]
+    figure = Figure(figsize=(5.2 * len(shown), 4.6), layout="constrained")
+    for axes, rule in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        paths, chosen = {}, {}
+        for name in named(rows)[1]:
+            found = [row for row in gathered(rows, attack, rule, name).values() if row.get("front")]
+            if found:
+                paths[name] = [middle([row["front"][by] for row in found]) for by in found[0]["front"]]
+                chosen[name] = middle([row["front"][f"{row['strength']:g}"] for row in found])
+        start = next(iter(paths.values()))[0]
+        plot.front(paths, undefended=start, limit=0.98 * start[0], chosen=chosen, axes=axes)
+        axes.set_title(f"{attack}, {rule}")
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def middle(points: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """The mean accuracy and the mean ASR."""
+    return fmean(point["accuracy"] for point in points), fmean(point["asr"] for point in points)
+
+
+# --- figures of a row, in per cent; a row of twins is the mean of its draws ------------------------------------------
+
+
+def asr(row: Row) -> float:
+    return over_draws(row, lambda draw: fraction(draw["asr"]))
+
+
+def control(row: Row) -> float:
+    return over_draws(row, lambda draw: fraction(draw["clean_merge"]))
+
+
+def accuracy(row: Row) -> float:
+    return over_draws(row, lambda draw: sum(map(fraction, draw["accuracy"].values())) / len(draw["accuracy"]))
+
+
+def own_task(row: Row) -> float:
+    return over_draws(row, lambda draw: fraction(draw["accuracy"][row["task"]]))
+
+
+def over_draws(row: Row, value: Callable[[Any], float]) -> float:
+    return sum(map(value, row["draws"])) / len(row["draws"])
+
+
+def fraction(counts: tuple[int, int]) -> float:
+    hits, n = counts
+    return 100 * hits / n
