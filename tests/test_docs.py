@@ -3,6 +3,7 @@
 import ast
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,34 @@ def test_every_picture_of_the_docs_is_shown():
     shown = "\n".join(page.read_text("utf-8") for page in PAGES)
     for picture in (ROOT / "docs" / "images").glob("*.png"):
         assert picture.name in shown, picture.name
+
+
+METHODS = ("merges", "sparsify", "signs", "presets", "attacks", "attacks.triggers", "defenses", "calibration", "metrics")
+NO_METHODS = {"Adapter", "Estimate", "Flag", "Grams", "Measurement", "Pair", "Patch", "Rate", "Roc", "Screening"}
+NO_METHODS |= {"Substitution", "triggers"}
+
+
+@pytest.mark.parametrize("module", METHODS)
+def test_the_page_of_methods_lists_every_one(module):
+    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    names = set(import_module(f"taskvec.{module}").__all__) - NO_METHODS
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_fit_on_a_phone_in_landscape(page):
+    lines = [line for block in python_blocks(page.read_text("utf-8")) for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 88] == []
+
+
+PRIVATE = r"\b([Hh]e|[Hh]is|[Hh]im|nobody|globe|hand(s|ed)? in)\b"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_models_are_it_and_metaphors_are_not_ours(page):
+    assert re.findall(PRIVATE, page.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.stem)
+def test_so_they_are_in_the_source(path):
+    assert re.findall(PRIVATE, path.read_text("utf-8")) == []
