@@ -25,7 +25,7 @@ __all__ = [
 ties_reference = partial(ties, scope="global", count="reference", zero="majority")
 """The TIES authors' code (prateeky2806/ties-merging): the threshold of the whole vector, kept with all that are equal
 to it; exact zeros take the majority's sign. Where even the majority is tied, their comparison keeps the negatives; here
-nobody is kept."""
+no entry is kept."""
 
 ties_badmerging = partial(ties, scope="global", count="reference", zero="majority", reduce="sum")
 """TIES as BadMerging's code and fusion_bench run it: a sum over those that agree, applied at scale 0.3."""

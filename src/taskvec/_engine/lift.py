@@ -126,7 +126,7 @@ class Ruled(Stack):
         if self.stacked:
             x = self.stack(pull, self.pieces)
         else:
-            # a stack is a copy; a leaf that nobody marked may work in place, and is given one too
+            # a stack is a copy; an unmarked leaf may work in place, and is given one too
             own = pull(self.sources[0]).detach().to(device=self.device(pull.name), dtype=self.wide(pull.name))
             x = shaped((own if self.threads else own.clone())[None], spec, self.pieces)[0]
         kwargs = self.options.of(pull.name)

@@ -1,8 +1,9 @@
-"""A bank of probes (ours): which contributor carries a backdoor, into which class, and what to take out of him.
+"""A bank of probes (ours): which contributor is backdoored, into which class, and which part of it to remove.
 
-The defender runs an attack of his own on the base, once for every class of every task, and keeps the backdoor vectors.
+The defender runs an attack of their own on the base, once for every class of every task, and keeps the backdoor vectors.
 A contributor's task vector is then expressed by the bank; a backdoored one stands out at its target class, also for
-triggers that the probes were not made with. What agrees with those probes is taken out of him, before the merge.
+triggers that the probes were not made with. The part that agrees with those probes is removed
+from it, before the merge.
 
     scores = bank_scores(vectors, bank)
     for flag in flagged(scores):
