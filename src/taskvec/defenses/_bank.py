@@ -1,9 +1,9 @@
 """A bank of probes (ours): which contributor is backdoored, into which class, and which part of it to remove.
 
-The defender runs an attack of their own on the base, once for every class of every task, and keeps the backdoor vectors.
-A contributor's task vector is then expressed by the bank; a backdoored one stands out at its target class, also for
-triggers that the probes were not made with. The part that agrees with those probes is removed
-from it, before the merge.
+The defender runs an attack of their own on the base, once for every class of every task, and keeps the backdoor
+vectors. A contributor's task vector is then expressed by the bank; a backdoored one stands out at its target class,
+also for triggers that the probes were not made with. The part that agrees with those probes is removed from it, before
+the merge.
 
     scores = bank_scores(vectors, bank)
     for flag in flagged(scores):
