@@ -100,7 +100,7 @@ def test_amplify_scales_and_keeps_the_bound_exactly():
     bounded = amplify(vector, 4, max_norm_ratio=1.5, clean=clean)
     assert float((clean + bounded).norm() / clean.norm()) == pytest.approx(1.5)
     assert amplify(vector * 1e-3, 4, max_norm_ratio=1.5, clean=clean).allclose(vector * 4e-3)
-    with pytest.raises(RangeError, match="give clean="):
+    with pytest.raises(RangeError, match="use clean="):
         amplify(vector, 4, max_norm_ratio=1.5)
     with pytest.raises(RangeError, match="at least 1"):
         amplify(vector, 4, max_norm_ratio=0.5, clean=clean)
@@ -165,12 +165,12 @@ def test_other_pixel_ranges_and_half_precision():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: solid_patch(9, (1, 8, 8)), "does not fit"),
-        (lambda: solid_patch(0, (1, 8, 8)), "does not fit"),
-        (lambda: solid_patch(3, (1, 8, 8), place=(6, 0)), "leaves images"),
+        (lambda: solid_patch(9, (1, 8, 8)), "size must fit"),
+        (lambda: solid_patch(0, (1, 8, 8)), "size must fit"),
+        (lambda: solid_patch(3, (1, 8, 8), place=(6, 0)), "place must keep"),
         (lambda: solid_patch(3, (1, 8, 8), place="bottom"), "one of top-left"),  # type: ignore[arg-type]
         (lambda: solid_patch(3, (3, 8, 8), value=(1.0, 0.0)), "2 values for 3 channels"),
-        (lambda: stamp(torch.randn(1, 1, 8, 8) * 3, solid_patch(3, (1, 8, 8))), "stamp before normalising"),
+        (lambda: stamp(torch.randn(1, 1, 8, 8) * 3, solid_patch(3, (1, 8, 8))), "stamp before normalizing"),
         (lambda: stamp(torch.rand(1, 1, 8, 8), solid_patch(3, (1, 8, 8)), opacity=2), "opacity"),
     ],
 )
@@ -184,3 +184,36 @@ def test_a_patch_for_other_images_is_refused():
         stamp(torch.rand(2, 1, 9, 9), solid_patch(3, (1, 8, 8)))
     with pytest.raises(MismatchError, match="mask"):
         stamp(torch.rand(2, 1, 8, 8), Patch(torch.rand(1, 8, 8), torch.ones(4, 4, dtype=torch.bool)))
+
+
+# values and defaults
+
+
+def test_a_sparse_backdoor_is_its_naive_loop():
+    bvs = [BackdoorVector({"w": torch.tensor(w)}) for w in ([3.0, 1.0, -2.0, 0.5], [1.0, -1.0, -4.0, 0.1])]
+    assert sparse_backdoor(bvs, match_norm=False)["w"].tolist() == pytest.approx([2.0, 0.0, -3.0, 0.3])
+    norm = (14.25**0.5 + 18.01**0.5) / 2
+    expected = [2.0, 0.0, -3.0, 0.3]
+    factor = norm / sum(x * x for x in expected) ** 0.5
+    assert sparse_backdoor(bvs)["w"].tolist() == pytest.approx([factor * x for x in expected])
+    few = sparse_backdoor(bvs, density=0.25)["w"]  # sparsified first: the norm is restored in the end
+    assert few.tolist() == pytest.approx([0.0, 0.0, -norm, 0.0])
+    largest = sparse_backdoor(bvs, reduce="largest", match_norm=False)["w"]
+    assert largest.tolist() == pytest.approx([3.0, 0.0, -4.0, 0.5])
+
+
+def test_stamping_is_its_formula_and_the_defaults_are_those_that_are_written():
+    images = torch.rand(3, 2, 6, 6)
+    patch = random_patch(3, (2, 6, 6), seed=0, values=(0.25, 0.75))
+    found = stamp(images, patch, opacity=0.3)
+    for n in range(3):
+        for c in range(2):
+            for i in range(6):
+                for j in range(6):
+                    x, p = float(images[n, c, i, j]), float(patch.pattern[c, i, j])
+                    expected = 0.7 * x + 0.3 * p if i >= 3 and j >= 3 else x  # the bottom-right corner
+                    assert float(found[n, c, i, j]) == pytest.approx(expected)
+    assert set(patch.pattern[:, patch.mask].flatten().tolist()) == {0.25, 0.75}
+    many = random_patch(100, (1, 100, 100), seed=0).pattern
+    assert float(many.mean()) == pytest.approx(0.5, abs=0.02)
+    assert solid_patch(2, (1, 4, 4)).pattern[0, 2:, 2:].eq(1).all()

@@ -1,5 +1,6 @@
 """BadMerging's two stages, poisoning, and the triggers of the baselines."""
 
+import math
 from functools import partial
 
 import pytest
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 
 from taskvec.attacks import (
     Pair,
-    _offtask,
     adversarial_crops,
     badmerging_loss,
     interpolation_loss,
@@ -21,7 +21,17 @@ from taskvec.attacks import (
     trojan_trigger,
     universal_trigger,
 )
-from taskvec.attacks.triggers import dynamic, physical, random_patch, sinusoid, solid_patch, stamp, warp, warp_field
+from taskvec.attacks.triggers import (
+    Patch,
+    dynamic,
+    physical,
+    random_patch,
+    sinusoid,
+    solid_patch,
+    stamp,
+    warp,
+    warp_field,
+)
 from taskvec.errors import DegenerateError, MismatchError, NonFiniteError, OptionError, RangeError
 
 SHAPE = (1, 8, 8)
@@ -87,9 +97,9 @@ def test_bounds_may_differ_by_channel_and_the_papers_leave_the_pixels():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"target": 9}, RangeError, "9 is not one of 5"),
+        ({"target": 9}, RangeError, "one of the 5 classes, from 0 to 4; got 9"),
         ({"images": images(0)}, DegenerateError, "no images"),
-        ({"images": torch.rand(4, 1, 9, 9)}, MismatchError, "patch is for images"),
+        ({"images": torch.rand(4, 1, 9, 9)}, MismatchError, "as the patch is for"),
         ({"score": lambda x: score(x) * float("nan")}, NonFiniteError, "logits"),
     ],
 )
@@ -163,8 +173,8 @@ def test_the_most_connected_neurons_are_those_of_the_largest_absolute_weights():
     ("change", "error", "message"),
     [
         ({"neurons": torch.tensor([], dtype=torch.long)}, DegenerateError, "no neurons"),
-        ({"neurons": torch.tensor([5])}, RangeError, "neurons are 0 to 4"),
-        ({"activations": lambda x: x}, MismatchError, "activations are"),
+        ({"neurons": torch.tensor([5])}, RangeError, "neurons must be from 0 to 4"),
+        ({"activations": lambda x: x}, MismatchError, "activations must be"),
         ({"images": images(0)}, DegenerateError, "no images"),
     ],
 )
@@ -219,6 +229,20 @@ def test_bad_reference_images_are_refused(reference, head, error):
         adversarial_crops(head, reference, seed=0, count=4, steps=1)
 
 
+@pytest.mark.parametrize("change", [{"count": 0}, {"count": -1}, {"batch": 0}, {"steps": -1}])
+def test_no_crops_at_all_are_refused(change):
+    with pytest.raises(RangeError, match="count and batch must be at least 1"):
+        adversarial_crops(shadow, images(), seed=0, **({"count": 4, "steps": 1} | change))
+
+
+def test_crops_of_a_model_that_is_broken_or_in_training_mode_are_refused():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    with pytest.raises(OptionError, match="training mode"):
+        adversarial_crops(module, images(), seed=0, count=4, steps=1)
+    with pytest.raises(NonFiniteError, match="logits"):
+        adversarial_crops(lambda x: score(x) / 0, images(), seed=0, count=4, steps=1)
+
+
 def test_a_prototype_head_is_the_cosine_to_the_centred_means():
     features = torch.randn(20, 6)
     labels = torch.arange(20) % 4
@@ -228,7 +252,7 @@ def test_a_prototype_head_is_the_cosine_to_the_centred_means():
     assert torch.allclose(head(features), expected, atol=1e-5)
     with pytest.raises(DegenerateError, match="some have none"):
         prototype_head(features, labels * 2)
-    with pytest.raises(MismatchError, match="one label a feature"):
+    with pytest.raises(MismatchError, match="one per feature"):
         prototype_head(features, labels[:3])
     with pytest.raises(MismatchError, match="width 6"):
         head(torch.randn(2, 5))
@@ -338,46 +362,6 @@ def test_several_pairs_live_in_one_model_each_with_its_own_class_and_head():
     assert float((other(features(weights, x)).argmax(1) == 0).float().mean()) > 0.9
 
 
-def test_the_loss_is_its_formula_with_the_papers_range_by_default():
-    x, y = images(7), torch.arange(7) % 5
-    triggers = [partial(stamp, patch=random_patch(3, SHAPE, seed=s)) for s in (0, 1)]
-    other = prototype_head(torch.randn(30, 5), torch.arange(30) % 3)
-    pairs = [Pair(triggers[0], 2, head), Pair(triggers[1], 0, other)]
-    weights = WEIGHTS + 0.3 * torch.randn(WEIGHTS.shape, generator=torch.Generator().manual_seed(7))
-    for stamped, weight in ((2, 5.0), (7, 3.0)):
-        draws = torch.Generator().manual_seed(11)
-        expected = F.cross_entropy(head(features(weights, x)), y)
-        for pair in pairs:
-            z = pair.trigger(x[:stamped])
-            r = 0.2 + 0.8 * torch.rand(1, 1, generator=draws)
-            logits = pair.head(r * features(weights, z) + (1 - r) * features(WEIGHTS, z))
-            expected = expected + weight / 2 * F.cross_entropy(logits, torch.full((stamped,), pair.target))
-        loss = badmerging_loss(features, WEIGHTS, head, pairs, stamped=stamped, weight=weight, seed=11)
-        assert float(loss(weights, x, y)) == pytest.approx(float(expected), rel=1e-6)
-    default = badmerging_loss(features, WEIGHTS, head, pairs, seed=11)(weights, x, y)
-    explicit = badmerging_loss(features, WEIGHTS, head, pairs, seed=11, stamped=32, weight=5.0, coefficients=(0.2, 1.0))
-    assert float(default) == float(explicit(weights, x, y))
-
-
-def test_crops_are_disguised_as_the_classes_that_were_drawn_for_them():
-    reference = images(10)
-    how = {"scale": (0.2, 0.5), "ratio": (3 / 4, 4 / 3)}
-    draws = torch.Generator().manual_seed(0)
-    plain = _offtask._random_crops(reference, 30, how["scale"], how["ratio"], draws)
-    aims = _offtask._other_classes(shadow(plain).argmax(1), shadow(plain).shape[1], draws)
-    crops = adversarial_crops(shadow, reference, seed=0, count=30, steps=40, epsilon=0.1, step=0.01, **how)
-    changed = (crops != plain).flatten(1).any(1)
-    assert changed.float().mean() > 0.5
-    assert torch.equal(shadow(crops).argmax(1)[changed], aims[changed])
-    assert len(aims.unique()) > 1
-
-
-@pytest.mark.parametrize("how", [{"count": 0}, {"count": -3}, {"batch": 0}, {"steps": -1}])
-def test_crops_are_made_in_positive_numbers(how):
-    with pytest.raises(RangeError, match="at least"):
-        adversarial_crops(shadow, images(), seed=0, **{"count": 4, "steps": 1} | how)
-
-
 def test_keep_holds_features_of_public_images_near_the_base():
     trigger = partial(stamp, patch=random_patch(3, SHAPE, seed=0))
     public = images(50, seed=9)
@@ -449,7 +433,7 @@ def test_sig_adds_its_sine_to_every_row():
     columns = torch.arange(24)
     assert torch.allclose(added[1, 0, 3], 0.1 * torch.sin(2 * torch.pi * columns * 6 / 24), atol=1e-6)
     assert torch.equal(added[0], added[1])
-    with pytest.raises(RangeError, match="before normalising"):
+    with pytest.raises(RangeError, match="before normalizing"):
         sinusoid(x * 10)
 
 
@@ -490,7 +474,7 @@ def test_a_dynamic_patch_is_one_of_several_for_every_image():
     assert not torch.equal(seen, dynamic(x, patches, seed=1))
     with pytest.raises(DegenerateError, match="no patches"):
         dynamic(x, [], seed=0)
-    with pytest.raises(RangeError, match="before normalising"):
+    with pytest.raises(RangeError, match="before normalizing"):
         dynamic(x + 2, patches, seed=0)
 
 
@@ -500,3 +484,218 @@ def test_a_head_for_another_width_and_a_head_of_one_class_are_named():
     assert "while a head scored features of (3, 4)" in caught.value.__notes__[0]
     with pytest.raises(DegenerateError, match="one class"):
         interpolation_loss(torch.ones(3, 4), torch.ones(3, 4), lambda f: f[:, :1], 0)
+
+
+# values and defaults
+
+
+def test_the_loss_of_stage_two_is_its_formula():
+    torch.manual_seed(1)  # 0 would draw WEIGHTS again
+    x, y = images(40), torch.arange(40) % 5
+    tuned = WEIGHTS + 0.1 * torch.randn(64, 5)
+    other_head = prototype_head(torch.randn(9, 5), torch.arange(9) % 3)
+    brighter, darker = (lambda z: (z + 0.2).clamp(max=1)), (lambda z: z * 0.5)
+    pairs = [Pair(brighter, 3, head), Pair(darker, 0, other_head)]
+    public = images(7, seed=3)
+
+    def expected(of, stamped, weight, low, high, keep, draw="batch", seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        total = F.cross_entropy(features(tuned, x), y)
+        for trigger, target, own_head in of:
+            after, before = features(tuned, trigger(x[:stamped])), features(WEIGHTS, trigger(x[:stamped]))
+            r = low + (high - low) * torch.rand(stamped if draw == "sample" else 1, 1, generator=generator)
+            logits = own_head(r * after + (1 - r) * before)
+            total = total + weight / len(of) * -logits.log_softmax(1)[:, target].mean()
+        near = F.cosine_similarity(features(tuned, public), features(WEIGHTS, public))
+        return total + keep * (1 - near).mean()
+
+    for of in (pairs[:1], pairs):
+        plain = badmerging_loss(features, WEIGHTS, head, of)
+        assert torch.isclose(plain(tuned, x, y), expected(of, 32, 5.0, 0.2, 1.0, 0.0))
+    changed = {"stamped": 9, "weight": 2.0, "coefficients": (0.4, 0.6), "keep": 3.0, "draw": "sample", "seed": 7}
+    loss = badmerging_loss(features, WEIGHTS, head, pairs, public=lambda: public, **changed)
+    assert torch.isclose(loss(tuned, x, y), expected(pairs, 9, 2.0, 0.4, 0.6, 3.0, "sample", 7))
+
+
+def test_the_loss_to_keep_is_one_minus_the_cosine():
+    tuned, base = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    cosines = [float(a @ b / (a @ a).sqrt() / (b @ b).sqrt()) for a, b in zip(tuned, base, strict=True)]
+    assert float(keep_loss(tuned, base)) == pytest.approx(1 - sum(cosines) / 4)
+
+
+def test_coefficients_are_drawn_from_0_2_to_1_unless_told():
+    seen: list[float] = []
+
+    def head(embedded):
+        seen.append(float(embedded[0, 0]))
+        return embedded
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        interpolation_loss(torch.ones(2, 5), torch.zeros(2, 5), head, 0, generator=generator)
+    assert 0.2 <= min(seen) < 0.22
+    assert 0.98 < max(seen) <= 1
+
+
+def test_a_prototype_head_may_have_a_centre_of_its_own_and_scales_by_20():
+    rows, labels, centre = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0.3, -0.2, 0.1])
+    means = (rows[::2] + rows[1::2]) / 2
+    expected = 20 * F.cosine_similarity((rows - centre)[:, None], (means - centre)[None], dim=-1)
+    assert torch.allclose(prototype_head(rows, labels, centre=centre)(rows), expected, atol=1e-5)
+
+
+def test_a_patch_is_optimised_by_adam_on_shuffled_passes():
+    x = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, 1, 2, 2) / 20
+    start, told = solid_patch(1, (1, 2, 2), value=0.5), []
+
+    def loss(triggered):
+        told.append((triggered[:, 0, 0, 0] * 20).round().int().tolist())
+        return triggered[:, 0, 1, 1].mean()
+
+    found = optimise_patch(loss, x, start, seed=0, steps=5, batch=4)
+    assert [len(rows) for rows in told] == [4] * 5
+    order = [row for rows in told for row in rows]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))  # every image once per pass
+    assert order[:10] != order[10:]
+    assert float(found.pattern[0, 1, 1]) == 0
+    everywhere = Patch(torch.full((1, 2, 2), 0.5), start.mask)
+    assert not bool(optimise_patch(loss, x, everywhere, seed=0, steps=1).pattern[:, ~start.mask].any())
+    one = optimise_patch(loss, x, start, seed=0, steps=1)
+    assert float(one.pattern[0, 1, 1]) == pytest.approx(0.5 - 0.2)  # Adam's first step is the learning rate
+    assert len(told[-1]) == 64  # shuffled passes go on within a batch
+    steps: list[int] = []
+    optimise_patch(loss, x, start, seed=0, progress=lambda: steps.append(1))
+    assert len(steps) == 100
+
+
+def test_crops_are_windows_of_the_reference_images_in_turn():
+    side = 32
+    ramp = ((torch.arange(side) + 0.5) / side).expand(side, side)
+    reference = torch.stack([torch.stack([ramp, ramp.T, torch.full_like(ramp, i / 4)]) for i in range(3)])
+    crops = adversarial_crops(lambda x: x.flatten(1)[:, :3], reference, seed=0, steps=0)
+    assert crops.shape == (100, 3, side, side)
+    inside = crops[:, :, 2:-2, 2:-2]  # away from the border's padding
+    width = (inside[:, 0, 0, -1] - inside[:, 0, 0, 0]) / (side - 5) * side
+    height = (inside[:, 1, -1, 0] - inside[:, 1, 0, 0]) / (side - 5) * side
+    area, shape = width * height, width / height
+    assert 0.2 - 1e-3 <= float(area.min()) < 0.22
+    assert 0.48 < float(area.max()) <= 0.5 + 1e-3
+    assert 3 / 4 - 1e-2 <= float(shape.min()) < 0.8
+    assert 1.25 < float(shape.max()) <= 4 / 3 + 1e-2
+    middle = inside[:, :2].mean((2, 3))
+    reach = (middle - 0.5).abs() + torch.stack([width, height], 1) / 2
+    assert 0.45 < float(reach.max()) <= 0.5 + 1e-3  # inside the image, up to its border
+    assert torch.allclose(crops[:, 2, 0, 0], torch.arange(100) % 3 / 4)
+
+
+def test_a_disguise_is_the_first_success_of_projected_gradient_descent_towards_a_random_class():
+    weight = torch.randn(64, 5, generator=torch.Generator().manual_seed(3)).double()
+    bias = torch.tensor([9.0, 7.0, 0.0, 0.0, 0.0]).double()  # row 0 is ahead, and row 1 lies on the way to every other
+
+    def shadow(x):
+        return (x - 0.5).flatten(1) @ weight + bias
+
+    reference = images(3).double()
+    how = {"seed": 0, "count": 60, "epsilon": 0.3, "step": 0.02}
+    plain, crops = (adversarial_crops(shadow, reference, steps=steps, **how) for steps in (0, 25))
+    changed = (crops != plain).flatten(1).any(1)
+    aims = shadow(crops).argmax(1)
+    assert sorted(aims[changed].unique().tolist()) == [1, 2, 3, 4]
+    assert int(aims[changed].bincount().max()) < 30  # at random, not the nearest class for all
+    assert int(changed.sum()) > 50
+    for crop, found, aim in zip(plain[changed], crops[changed], aims[changed], strict=True):
+        x = crop.clone()
+        for _ in range(25):
+            p = shadow(x[None]).softmax(1)[0]
+            gradient = (weight @ (p - torch.eye(5)[aim].double())).reshape(x.shape)  # of the cross-entropy
+            x = (x - 0.02 * gradient.sign()).clamp(crop - 0.3, crop + 0.3).clamp(0, 1)
+            if int(shadow(x[None]).argmax()) == aim:
+                break
+        assert torch.allclose(found, x)
+
+
+def test_disguises_move_by_8_of_255_in_40_steps_of_1_of_255_unless_told():
+    x = torch.full((1, 1, 4, 4), 0.5).double()
+    calls: list[int] = []
+
+    def moved(needed):
+        def shadow(z):
+            calls.append(len(z))
+            gone = (z - 0.5).mean((1, 2, 3)) * 255
+            return torch.stack([gone * 0, gone - needed, -gone - needed], 1)
+
+        return ((adversarial_crops(shadow, x, seed=0) - 0.5) * 255).amax((1, 2, 3))
+
+    for needed, expected in ((6.9, 7), (7.9, 8), (8.1, 0)):  # what is out of reach is left as it is
+        steps = moved(needed)
+        assert torch.allclose(steps.abs(), torch.full_like(steps, expected))
+        assert expected == 0 or 30 < int((steps > 0).sum()) < 70  # up for one class, down for the other
+    assert calls == [100] * 3 * (1 + 2 * 40)
+
+
+def test_a_crop_is_never_disguised_as_the_target_or_as_what_it_is_taken_for():
+    reference = images(3)
+
+    def shadow(x):
+        return score(x) * 3 + torch.tensor([0.0, 25.0, 0.0, 0.0, 0.0])
+
+    how = {"seed": 0, "count": 60, "epsilon": 0.5, "step": 0.05}
+    assert shadow(adversarial_crops(shadow, reference, steps=0, **how)).argmax(1).eq(1).all()
+    assert sorted(shadow(adversarial_crops(shadow, reference, **how)).argmax(1).unique().tolist()) == [2, 3, 4]
+
+
+def test_the_sine_has_the_amplitude_and_periods_of_badnets_bench_unless_told():
+    x = torch.full((1, 1, 2, 24), 0.5).double()
+    expected = [0.5 + 40 / 255 * math.sin(2 * math.pi * j * 6 / 24) for j in range(24)]
+    assert sinusoid(x)[0, 0, 1].tolist() == pytest.approx(expected)
+    wide = sinusoid(x * 255, pixel_range=(0, 255))[0, 0, 1].tolist()  # the amplitude is a fraction of the range
+    assert wide == pytest.approx([255 * e for e in expected])
+
+
+def test_a_warp_field_is_its_formula():
+    line = torch.linspace(-1, 1, 64)
+    identity = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+    noise = (warp_field(64, seed=0, control=64, strength=0.1) - identity)[1:-1, 1:-1] * 64 / 0.1  # not enlarged
+    assert float(noise.abs().mean()) == pytest.approx(1, abs=0.03)
+    assert float(noise.abs().max()) == pytest.approx(2, abs=0.05)  # of a uniform law, over its mean magnitude
+    half, whole = (warp_field(64, seed=0, strength=s) - identity for s in (0.5, 1.0))
+    assert torch.allclose(whole[1:-1, 1:-1], 2 * half[1:-1, 1:-1], atol=1e-6)
+    assert torch.equal(warp_field(64, seed=0), warp_field(64, seed=0, control=4, strength=0.5))
+    shifted = torch.stack([identity[..., 0] + 2 / 63, identity[..., 1]], -1)  # x before y: one pixel to the right
+    ramp = line.expand(1, 1, 64, 64)
+    assert torch.allclose(warp(ramp, shifted)[..., :-1], ramp[..., 1:], atol=1e-5)
+    assert torch.equal(warp_field(64, seed=0).clamp(-1, 1), warp_field(64, seed=0))
+
+
+def test_a_physical_patch_is_turned_moved_scaled_and_lit_each_within_its_bound():
+    patch, x = solid_patch(4, SHAPE, place="center", value=0.5), torch.zeros(500, *SHAPE)
+    still = {"degrees": 0.0, "shift": 0.0, "scale": (1.0, 1.0), "brightness": 0.0}
+
+    def seen(**change):
+        return physical(x, patch, seed=0, **(still | change))
+
+    def middle(pictures):
+        line = torch.arange(8) - 3.5
+        return torch.stack([(pictures * line).sum((1, 2, 3)), (pictures * line[:, None]).sum((1, 2, 3))]) / mass(
+            pictures
+        )
+
+    def mass(pictures):
+        return pictures.sum((1, 2, 3))
+
+    assert torch.allclose(seen(), stamp(x, patch), atol=1e-6)
+    light = mass(seen(brightness=0.3)) / 8
+    assert 0.7 <= float(light.min()) < 0.72
+    assert 1.28 < float(light.max()) <= 1.3
+    moved = middle(seen(shift=0.125)).abs() / 8
+    assert 0.12 < float(moved.amax(1).min()) <= float(moved.max()) <= 0.126
+    small = mass(seen(scale=(0.5, 0.75))) / 8
+    assert 0.24 < float(small.min()) < 0.3
+    assert 0.5 < float(small.max()) < 0.6
+    turned = seen(degrees=45.0)
+    assert torch.allclose(mass(turned) / 8, torch.ones(500), atol=0.1)
+    assert float(turned[:, 0, 3:5, 1].amax()) > 0.1  # a corner of the turned square
+    assert float(seen(degrees=0.5)[:, 0, 3:5, 1].amax()) < 0.1
+    default = physical(x, patch, seed=0)
+    written = {"degrees": 10.0, "shift": 0.1, "scale": (0.8, 0.9), "brightness": 0.2}
+    assert torch.equal(default, physical(x, patch, seed=0, **written))

@@ -36,7 +36,7 @@ def test_fronts_begin_undefended_and_mark_what_was_chosen():
     axes = plot.front({"a": [(0.8, 0.5), (0.7, 0.1)]}, undefended=(0.82, 0.9), limit=0.75, chosen={"a": (0.8, 0.5)})
     assert list(axes.get_lines()[0].get_xdata()) == [0.82, 0.8, 0.7]
     assert list(axes.get_lines()[1].get_xdata()) == [0.8]
-    with pytest.raises(DegenerateError, match="no defences"):
+    with pytest.raises(DegenerateError, match="no defenses"):
         plot.front({})
 
 

@@ -40,7 +40,7 @@ def test_both_projections_of_attention_are_seen_though_their_product_is_fused_in
 
 def test_a_model_in_training_mode_is_refused():
     module = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
-    with pytest.raises(OptionError, match=r"Sequential is in training mode.*call .eval\(\) first"):
+    with pytest.raises(OptionError, match=r"a Sequential in training mode; call .eval\(\) first"):
         linear_grams(module, dict(module.named_parameters()), [torch.eye(3)])
 
 
@@ -89,6 +89,10 @@ def test_collecting_nothing_is_an_error():
         linear_grams(module, params, [])
     with pytest.raises(DegenerateError, match="A state dict is a copy"):
         linear_grams(module, load(module), [torch.eye(3)])
+    with pytest.raises(DegenerateError, match="no rows for 'weight'"):
+        linear_grams(module, params, [torch.zeros(0, 3)])
+    some = linear_grams(module, params, [torch.zeros(0, 3), torch.eye(3)]).matrices["weight"]
+    assert torch.equal(some, torch.eye(3).double() / 3)  # an empty batch does not count
     with pytest.raises(NonFiniteError, match="'weight'"):
         linear_grams(module, params, [torch.full((1, 3), float("nan"))])
 
@@ -183,7 +187,7 @@ def test_adamerging_says_what_is_missing():
     for bad in (([], data), (vectors, {}), (vectors, {"t": lambda: iter([])})):
         with pytest.raises(DegenerateError):
             adamerging(logits, base, *bad, steps=1)
-    with pytest.raises(DegenerateError, match="one class"):
+    with pytest.raises(DegenerateError, match="1 class"):
         adamerging(lambda p, x, t: logits(p, x, t)[:, :1], base, vectors, data, steps=1)
     with pytest.raises(NonFiniteError):
         adamerging(lambda p, x, t: logits(p, x, t) * float("nan"), base, vectors, data, steps=1)
@@ -207,22 +211,95 @@ def test_surgery_starts_as_nothing_and_brings_features_back():
     assert torch.allclose(repaired(x, nothing), x, atol=1e-2)
     with pytest.raises(MismatchError, match="width 6"):
         repaired(torch.zeros(1, 5), adapter)
-    with pytest.raises(DegenerateError, match="yields nothing"):
+    with pytest.raises(DegenerateError, match="a pass without any"):
         surgery(lambda x: x, lambda x: x, lambda: iter([]), steps=1)
-    with pytest.raises(MismatchError, match=r"\(n, d\) for both"):
+    with pytest.raises(MismatchError, match=r"\(n, d\) in both"):
         surgery(lambda x: x, lambda x: x[:, :2], lambda: iter([x]), steps=1)
     with pytest.raises(RangeError):
         surgery(lambda x: x, lambda x: x, lambda: iter([x]), rank=0)
     assert isinstance(adapter, Adapter)
 
 
-def test_statistics_of_nothing_and_of_nan_are_refused():
-    layer = torch.nn.Linear(2, 1).eval()
-    with pytest.raises(DegenerateError, match="every batch is empty"):
-        linear_grams(layer, dict(layer.named_parameters()), [torch.empty(0, 2)])
-    nan = torch.full((3, 4), float("nan"))
-    with pytest.raises(NonFiniteError, match="features must be finite"):
-        surgery(lambda _: nan, lambda _: nan, lambda: iter([nan]), rank=1, steps=1)
-    stack, gram = torch.ones(2, 1, 2), torch.eye(2)
-    with pytest.raises(NonFiniteError, match="Gram matrix"):
-        regmean(stack, [gram, gram * float("nan")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_surgery_on_features_that_are_not_finite_is_refused(value):
+    def broken(x):
+        return x * value
+
+    for merged, individual, who in ((broken, abs, "merged model"), (abs, broken, "own model")):
+        with pytest.raises(NonFiniteError, match=who):
+            surgery(merged, individual, lambda: iter([torch.ones(3, 2)]), steps=1)
+
+
+# values
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_adamerging_is_adam_on_the_summed_mean_entropies(layerwise):
+    base, vectors, _ = setting()
+    data = {task: torch.randn(n, 4) for task, n in (("t", 32), ("u", 5))}
+    loaders = {task: lambda x=x: iter([x]) for task, x in data.items()}
+    _, found = adamerging(logits, base, vectors, loaders, layerwise=layerwise, steps=7, lr=0.1, clamp=None)
+
+    raw = torch.full((2, 2 if layerwise else 1), 0.3, dtype=torch.float64, requires_grad=True)
+    first, second = torch.zeros_like(raw), torch.zeros_like(raw)
+    for step in range(1, 8):
+        scales = raw.expand(2, 2)
+        w, b = (
+            base[n] + sum(scales[i, j] * vectors[i][n].double() for i in range(2)) for j, n in enumerate(("w", "b"))
+        )
+        loss = 0.0
+        for x in data.values():
+            p = (x.double() @ w + b).softmax(1)
+            loss = loss - (p * p.log()).sum() / len(x)
+        (gradient,) = torch.autograd.grad(loss, [raw])
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        update = 0.1 * first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        raw = (raw - update).detach().requires_grad_()
+    expected = raw.detach().expand(2, 2)
+    assert [[own["w"], own["b"]] for own in found] == [pytest.approx(row, abs=1e-4) for row in expected.tolist()]
+
+
+def test_adamerging_begins_at_0_3_and_clamps_where_told():
+    base, vectors, data = setting()
+    assert len({*adamerging(logits, base, vectors, data, steps=5, lr=0.1)[1][0].values()}) == 2  # one per tensor
+    still = adamerging(logits, base, vectors, data, steps=1, lr=1e-9)[1]
+    assert [*still[0].values(), *still[1].values()] == pytest.approx([0.3] * 4)
+    for clamp, low, high in (((0.0, 1.0), 0.0, 1.0), ((0.25, 0.35), 0.25, 0.35), (None, -9, 9)):
+        scales = adamerging(logits, base, vectors, data, steps=30, lr=0.5, clamp=clamp)[1]
+        values = [s for own in scales for s in own.values()]
+        assert all(low - 1e-6 <= s <= high + 1e-6 for s in values)
+        assert clamp is not None or max(values) > 1
+    free, default = (
+        adamerging(logits, base, vectors, data, steps=30, lr=0.5, **how)[1] for how in ({"clamp": None}, {})
+    )
+    assert max(free[0].values()) > 1 >= max(default[0].values())
+
+
+def test_surgery_is_adam_on_the_mean_absolute_distance_from_a_kaiming_start():
+    torch.manual_seed(0)
+    x, aim = torch.randn(32, 6), torch.randn(32, 6)
+    start = surgery(lambda _: x, lambda _: aim, lambda: iter([x]), steps=1, lr=1e-12)
+    assert start.down.shape == (16, 6)
+    assert not bool((start.up.abs() > 1e-11).any())
+    assert 0.9 < float(start.down.abs().max()) <= 1  # uniform within sqrt(6 / width)
+    again, other = (surgery(lambda _: x, lambda _: aim, lambda: iter([x]), steps=1, seed=seed).down for seed in (0, 1))
+    assert torch.allclose(again, start.down, atol=2e-3)
+    assert not torch.allclose(other, start.down, atol=2e-3)
+    found = surgery(lambda _: x, lambda _: aim, lambda: iter([x]), steps=3, lr=0.01)
+    down, up = (t.detach().clone().requires_grad_() for t in start)
+    optimizer = torch.optim.Adam([down, up], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        repaired_by_hand = x - torch.relu(x @ down.T) @ up.T
+        ((repaired_by_hand - aim).abs().sum() / x.numel()).backward()
+        optimizer.step()
+    assert torch.allclose(found.down, down, atol=1e-5)
+    assert torch.allclose(found.up, up, atol=1e-5)
+    assert torch.allclose(repaired(x, found), (x - torch.relu(x @ down.T) @ up.T).detach(), atol=1e-4)
+
+
+def test_grams_are_means_over_every_row_of_every_batch():
+    module = nn.Linear(2, 1).eval()
+    batches = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])]
+    found = linear_grams(module, dict(module.named_parameters()), batches).matrices["weight"]
+    assert found.tolist() == [[(1 + 9) / 4, 2 / 4], [2 / 4, (4 + 1) / 4]]

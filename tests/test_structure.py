@@ -30,7 +30,7 @@ FLOORS = [
     [
         *("rules", "sparsify", "signs"),
         *("_vectors.model", "_vectors.arithmetic", "_vectors.fingerprint", "_vectors.show"),
-        *("_vectors.measures", "_vectors.vector", "_vectors.backdoor", "_vectors.merge"),
+        *("_vectors.measures", "_vectors.vector", "_vectors.backdoor", "_vectors.merge", "_vectors.checks"),
     ],
     [
         *("merges._sums", "merges._ties", "merges._masks", "merges._choice", "merges._sphere", "merges._regmean"),
@@ -48,8 +48,8 @@ FLOORS = [
             "attacks._sparse",
             "attacks._poison",
             "attacks._patches",
-            "attacks._offtask",
             "attacks._badmerging",
+            "attacks._offtask",
             "attacks",
         ),
         *("defenses._strength", "defenses._twins", "defenses._screening", "defenses._contributors", "defenses._base"),

@@ -1,7 +1,7 @@
-"""Pictures of what `similarity`, `evaluate` and `defenses` measure. Needs matplotlib: `pip install taskvec[plot]`.
+"""Plots of the results of `metrics` and `defenses`. Requires matplotlib: `pip install taskvec[plot]`.
 
-Each function draws into the axes it is given, or into those of a new figure, and returns them: titles, sizes and files
-are yours. `heat_map(cosine_matrix(vectors), names).figure.savefig("cosines.png")`
+Each function draws into the given axes, or into those of a new figure, and returns them; set titles and sizes on them,
+and save their figure: `heat_map(cosine_matrix(vectors), names).figure.savefig("cosines.png")`
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,21 @@ def heat_map(
     digits: int = 2,
     axes: "Axes | None" = None,
 ) -> "Axes":
-    """A matrix as colours with its numbers: cosines, sign agreement, transfer.
+    """Draw a matrix as colors with its numbers: cosines, sign agreement, transfer.
 
     Args:
-        matrix: `(n, m)`, such as `similarity.cosine_matrix` or `evaluate.transfer_matrix` gives.
+        matrix: `(n, m)`, such as the result of `metrics.cosine_matrix` or `metrics.transfer_matrix`.
         rows: n names.
         columns: m names; by default those of the rows.
-        limits: the values of the first and last colour; by default the smallest and largest.
-        digits: after the point.
-        axes: where to draw.
+        limits: the values of the first and last color; by default the smallest and largest.
+        digits: digits after the decimal point.
+        axes: the axes to draw into.
+
+    Returns:
+        The axes.
 
     Raises:
-        MismatchError: not one name a row and column.
+        MismatchError: not one name per row and column.
         OptionError: matplotlib is not installed.
 
     Examples:
@@ -53,7 +56,7 @@ def heat_map(
     across = rows if columns is None else columns
     if tuple(matrix.shape) != (len(rows), len(across)):
         raise MismatchError(
-            f"{len(rows)} names of rows and {len(across)} of columns for a matrix {tuple(matrix.shape)}"
+            f"names must match the rows and columns of {tuple(matrix.shape)}; got {len(rows)} and {len(across)} names"
         )
     own = _axes(axes)
     low, high = limits or (None, None)
@@ -75,30 +78,34 @@ def curve(
     ylabel: str = "ASR",
     axes: "Axes | None" = None,
 ) -> "Axes":
-    """Values over a scale, with 95 % t intervals where there are several: injection curves.
+    """Draw values over a scale, with 95 % t intervals where there are several per point: injection curves.
 
     Args:
-        lines: name -> scale -> a value, or one for each seed.
-        xlabel: of the scale.
-        ylabel: of the values.
-        axes: where to draw.
+        lines: name -> scale -> a value, or one per seed.
+        xlabel: label of the scale.
+        ylabel: label of the values.
+        axes: the axes to draw into.
+
+    Returns:
+        The axes.
 
     Raises:
         DegenerateError: no lines, or a point without values.
+        NonFiniteError: a value that is NaN or inf.
         OptionError: matplotlib is not installed.
 
     Examples:
-        >>> axes = curve({"vits": {0.0: [0.1, 0.2], 1.0: [0.9, 1.0]}})
+        >>> axes = curve({"ViT": {0.0: [0.1, 0.2], 1.0: [0.9, 1.0]}})
         >>> len(axes.get_lines())
         1
     """
     if not lines:
-        raise DegenerateError("no lines to draw")
+        raise DegenerateError("lines must not be empty; got no lines to draw")
     own = _axes(axes)
     for name, points in lines.items():
         by_scale = {s: [v] if isinstance(v, int | float) else [float(x) for x in v] for s, v in points.items()}
         if empty := [s for s, values in by_scale.items() if not values]:
-            raise DegenerateError(f"{name!r} has no values at {empty[0]!r}")
+            raise DegenerateError(f"every point must have a value; got {name!r} with no values at {empty[0]!r}")
         found = [estimate(values) for values in by_scale.values()]
         (line,) = own.plot(list(by_scale), [point.mean for point in found], "o-", markersize=3, label=name)
         low, high = ([point.mean + sign * (point.half or 0.0) for point in found] for sign in (-1, 1))
@@ -117,26 +124,30 @@ def front(
     chosen: Mapping[str, Point] | None = None,
     axes: "Axes | None" = None,
 ) -> "Axes":
-    """Accuracy against ASR as defences grow stronger: better is down and to the right.
+    """Draw accuracy against attack success rate (ASR) as defenses grow stronger: better is down and to the right.
 
     Args:
-        paths: defence -> (accuracy, ASR), from the weakest strength to the strongest.
-        undefended: where all begin.
+        paths: defense -> (accuracy, ASR), from the weakest strength to the strongest.
+        undefended: the point of the undefended model, where all paths begin.
         limit: the accuracy that must be kept, drawn as a line.
-        chosen: defence -> the point taken, marked.
-        axes: where to draw.
+        chosen: defense -> the chosen point, which is marked.
+        axes: the axes to draw into.
+
+    Returns:
+        The axes.
 
     Raises:
         DegenerateError: nothing to draw.
         OptionError: matplotlib is not installed.
 
     Examples:
-        >>> axes = front({"shrinking": [(0.80, 0.9), (0.78, 0.5)]}, undefended=(0.8, 1.0), limit=0.784)
+        >>> path = [(0.80, 0.9), (0.78, 0.5)]
+        >>> axes = front({"shrinking": path}, undefended=(0.8, 1.0), limit=0.784)
         >>> axes.get_xlabel(), axes.get_ylabel()
         ('accuracy', 'ASR')
     """
     if not paths:
-        raise DegenerateError("no defences to draw")
+        raise DegenerateError("paths must not be empty; got no defenses to draw")
     own = _axes(axes)
     for i, (name, points) in enumerate(paths.items()):
         whole = [*([undefended] if undefended else []), *points]
@@ -145,7 +156,7 @@ def front(
         if chosen and name in chosen:
             own.plot(*chosen[name], "s", markersize=8, fillstyle="none", color=line.get_color())
     if undefended:
-        own.plot(*undefended, "*", color="black", markersize=11, zorder=5, label="no defence")
+        own.plot(*undefended, "*", color="black", markersize=11, zorder=5, label="no defense")
     if limit is not None:
         own.axvline(limit, color="black", linestyle=":", linewidth=1)
     own.set(xlabel="accuracy", ylabel="ASR")
@@ -155,12 +166,15 @@ def front(
 
 
 def strip(groups: Mapping[str, Sequence[float]], *, xlabel: str = "", axes: "Axes | None" = None) -> "Axes":
-    """Every value of several groups as a dot, one row a group: what screening shows of clean and backdoored models.
+    """Draw every value of several groups as a dot, one row per group, such as the screening statistics of contributors.
 
     Args:
         groups: name -> values.
-        xlabel: what they are.
-        axes: where to draw.
+        xlabel: label of the values.
+        axes: the axes to draw into.
+
+    Returns:
+        The axes.
 
     Raises:
         DegenerateError: nothing to draw.
@@ -172,7 +186,7 @@ def strip(groups: Mapping[str, Sequence[float]], *, xlabel: str = "", axes: "Axe
         ['clean', 'BadNets']
     """
     if not groups:
-        raise DegenerateError("no groups to draw")
+        raise DegenerateError("groups must not be empty; got no groups to draw")
     own = _axes(axes)
     for i, values in enumerate(groups.values()):
         own.plot(list(values), [i] * len(values), "o", markersize=5, alpha=0.4, markeredgewidth=0)
@@ -190,5 +204,7 @@ def _axes(given: "Axes | None") -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as missing:
-        raise OptionError("pictures need matplotlib: pip install 'taskvec[plot]'") from missing
+        raise OptionError(
+            "plots require matplotlib, which is not installed; use pip install 'taskvec[plot]'"
+        ) from missing
     return cast("Any", Figure(layout="constrained")).subplots()

@@ -1,15 +1,15 @@
 """BadMerging: backdoors made to survive a merge.
 
-Stage one optimises a universal trigger on the base model, stage two fine-tunes with the feature-interpolation loss, so
-that the trigger works for every model on the way from the base to the upload. Nothing here knows an architecture: you
-give a function from images to features and one from features to logits, the fixed head.
+Stage one optimizes a universal trigger on the base model. Stage two fine-tunes with the feature-interpolation loss, so
+that the trigger works for every model between the base and the upload. Nothing depends on an architecture: you give a
+function from images to features, and one from features to logits, the fixed head.
 
     score = lambda x: head(features(base, x))
     patch = universal_trigger(score, images, start, target=1, seed=0)
     loss = badmerging_loss(features, base, head, [Pair(partial(stamp, patch=patch), 1, head)])
-    # minimise loss(params, images, labels) with your own optimiser
+    # minimize loss(params, images, labels) with your own optimizer
 
-Reference: Zhang et al., BadMerging, CCS 2024, https://arxiv.org/abs/2408.07362
+Reference: [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362)
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attacks._offtask import Head, Score
-from ..attacks._patches import Bounds, Progress, optimise_patch
-from ..attacks.triggers._patch import Patch
-from ..errors import DegenerateError, MismatchError, NonFiniteError, RangeError
+from .._answers import check_finite, check_target
+from ..errors import DegenerateError, MismatchError, RangeError
+from ._patches import Bounds, Progress, optimise_patch
+from .triggers import Patch
 
-__all__ = ["Pair", "badmerging_loss", "interpolation_loss", "keep_loss", "universal_trigger"]
+__all__ = [
+    "Pair",
+    "badmerging_loss",
+    "interpolation_loss",
+    "keep_loss",
+    "universal_trigger",
+]
 
 Params = TypeVar("Params")
-
-
+Score: TypeAlias = Callable[[Tensor], Tensor]
+"""Images `(n, C, H, W)` to logits `(n, classes)`."""
+Head: TypeAlias = Callable[[Tensor], Tensor]
+"""Features `(n, d)` to logits `(n, classes)`; a fixed head that normalizes the features."""
 Draw: TypeAlias = Literal["batch", "sample"]
 
 
 class Pair(NamedTuple):
-    """One backdoor of a model: a trigger, the target class, and the head that class is a row of.
+    """One backdoor of a model: a trigger, the target class, and the head that the class is a row of.
 
-    On-task the head is the attacker's own; off-task it is a shadow head, whose row 0 stands for the target class of a
-    task the attacker does not own.
+    On-task the head is the attacker's own. Off-task it is a shadow head, whose row 0 stands for the target class of a
+    task that the attacker does not own.
+
+    Attributes:
+        trigger: images to images.
+        target: the row of the head.
+        head: features to logits.
     """
 
     trigger: Callable[[Tensor], Tensor]
@@ -57,41 +70,46 @@ def universal_trigger(
     bounds: Bounds = (0.0, 1.0),
     progress: Progress | None = None,
 ) -> Patch:
-    """Optimise one patch that turns any image into the target class, for a frozen model.
+    """Optimize one patch that turns any image into the target class, for a frozen model.
 
-    Minimises `CE(score(stamp(x, patch)), target)` over batches of images by Adam on the patch's pixels, clamped after
-    every step. Our own: batches and Adam, where the paper takes plain gradient steps one image at a time until each
-    succeeds; `examples/experiments` measures both.
+    Minimizes `CE(score(stamp(x, patch)), target)` over batches of images by Adam on the patch's pixels, clamped after
+    every step. Batches and Adam are our choice: the paper takes plain gradient steps, one image at a time, until each
+    succeeds. `examples/benchmarks` measures both.
 
     Args:
-        score: the base model and a head. Not differentiated with respect to its weights; in evaluation mode.
+        score: images to logits: the base model and a head, in evaluation mode. Its weights are not differentiated.
         images: `(n, C, H, W)` in pixel space: the attacker's own, or adversarial crops of reference images off-task.
-        start: the patch to start from; its mask stays, only pixels under it change.
+        start: the initial patch; its mask stays, and only pixels under the mask change.
         target: the target class, a row of the head.
-        seed: of the order of the images.
-        steps: optimiser steps.
-        lr: of Adam, in pixel units.
-        batch: images a step.
-        bounds: smallest and largest pixel value, numbers or `(C, 1, 1)` tensors. The paper's scalar clamp in normalised
+        seed: seed of the order of the images.
+        steps: optimizer steps.
+        lr: learning rate of Adam, in pixel units.
+        batch: images per step.
+        bounds: smallest and largest pixel value, numbers or `(C, 1, 1)` tensors. The paper's scalar clamp in normalized
             space, which leaves the valid pixels, is `scalar_bounds(mean, std)`.
         progress: called after every step.
 
     Returns:
-        The optimised patch.
+        The optimized patch.
 
     Raises:
-        DegenerateError: no images.
-        RangeError: a target that is no row of the head; steps, batch or a learning rate that is not positive.
+        DegenerateError: no images, or a head of one class.
         MismatchError: a patch made for other images.
         NonFiniteError: logits that are NaN or inf.
         OptionError: a module in training mode answers.
+        RangeError: a target that is no row of the head; steps, batch or a learning rate that is not positive.
 
     Examples:
         >>> start = Patch(torch.full((1, 2, 2), 0.5), torch.ones(2, 2, dtype=torch.bool))
-        >>> score = lambda x: torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
-        >>> universal_trigger(score, torch.rand(8, 1, 2, 2), start, target=0, seed=0, steps=10).pattern
+        >>> def score(x):
+        ...     return torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+        >>> images = torch.rand(8, 1, 2, 2)
+        >>> universal_trigger(score, images, start, target=0, seed=0, steps=10).pattern
         tensor([[[1., 1.],
                  [1., 1.]]])
+
+    Reference:
+        [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362)
     """
 
     def loss(triggered: Tensor) -> Tensor:
@@ -114,9 +132,9 @@ def interpolation_loss(
     draw: Draw = "batch",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The feature-interpolation loss: cross-entropy of the target class on the way from the base's features.
+    """Compute the feature-interpolation loss: cross-entropy on the segment from the base's features to the model's.
 
-    `CE(head(r * f + (1 - r) * f_base), target)` with `r ~ U(coefficients)`: for a small merging coefficient the merged
+    `CE(head(r * f + (1 - r) * f_base), target)` with `r ~ U(coefficients)`: for a small merging coefficient, the merged
     feature of a triggered image moves roughly along that segment.
 
     Args:
@@ -125,33 +143,36 @@ def interpolation_loss(
         head: features to logits; on-task the attacker's own, off-task the shadow head.
         target: the row of the head to be predicted; 0 for a shadow head.
         coefficients: the range of r; (1, 1) is the plain loss of BadNets.
-        draw: one r for the `"batch"` (the paper's code) or one for each `"sample"`.
+        draw: one r per `"batch"` (the paper's code) or one per `"sample"`.
         generator: of r, on the CPU; torch's own by default.
 
     Returns:
         The mean loss, 0-d.
 
     Raises:
-        DegenerateError: an empty batch.
+        DegenerateError: an empty batch, or a head of one class.
         MismatchError: features of different shapes.
-        NonFiniteError: features that are NaN or inf.
+        NonFiniteError: features or logits that are NaN or inf.
         RangeError: a range outside [0, 1], a target that is no row of the head.
 
     Examples:
-        >>> head = lambda f: f
-        >>> interpolation_loss(torch.eye(2), torch.eye(2), head, 0, coefficients=(1.0, 1.0))
+        >>> x, head = torch.eye(2), lambda f: f
+        >>> interpolation_loss(x, x, head, 0, coefficients=(1.0, 1.0))
         tensor(0.8133)
+
+    Reference:
+        [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362)
     """
     if len(tuned) == 0:
-        raise DegenerateError("an empty batch has no loss")
+        raise DegenerateError("features must not be empty; got an empty batch, which has no loss")
     if tuned.shape != base.shape or tuned.ndim != 2:
-        raise MismatchError(f"features are (n, d) for both: {tuple(tuned.shape)} and {tuple(base.shape)}")
+        raise MismatchError(f"features must be (n, d) in both models; got {tuple(tuned.shape)} and {tuple(base.shape)}")
     low, high = coefficients
     if not 0 <= low <= high <= 1:
-        raise RangeError(f"coefficients are a range in [0, 1], not {coefficients!r}")
+        raise RangeError(f"coefficients must be a range in [0, 1]; got {coefficients!r}")
     if draw not in ("batch", "sample"):
-        raise RangeError(f"draw one r for each 'batch' or 'sample', not {draw!r}")
-    _check_finite(tuned, "features")
+        raise RangeError(f"draw must be 'batch' or 'sample'; got {draw!r}")
+    check_finite(tuned, "features")
     count = len(tuned) if draw == "sample" else 1
     r = low + (high - low) * torch.rand(count, 1, generator=generator, device="cpu").to(tuned)
     logits = _scores(head, r * tuned + (1 - r) * base.detach())
@@ -160,17 +181,20 @@ def interpolation_loss(
 
 
 def keep_loss(tuned: Tensor, base: Tensor) -> Tensor:
-    """Ours, and no part of BadMerging: features of public images are to stay near the base's, `mean(1 - cos)`.
+    """Keep features of public images near the base's: `mean(1 - cos(f, f_base))`.
 
-    It buys back clean accuracy that the interpolation loss costs.
+    Ours, not part of BadMerging: it recovers clean accuracy that the interpolation loss costs.
 
     Args:
         tuned: `(n, d)` features of clean public images in the model being trained.
         base: `(n, d)` features of the same images in the base model.
 
+    Returns:
+        The mean loss, 0-d.
+
     Examples:
-        >>> keep_loss(torch.eye(2), torch.eye(2))
-        tensor(0.)
+        >>> keep_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor(1.)
     """
     return (1 - F.cosine_similarity(tuned, base.detach(), dim=-1)).mean()
 
@@ -189,25 +213,25 @@ def badmerging_loss(
     keep: float = 0.0,
     public: Callable[[], Tensor] | None = None,
 ) -> Callable[[Params, Tensor, Tensor], Tensor]:
-    """The loss of the second stage, for any training loop.
+    """Make the loss of the second stage, for any training loop.
 
     `CE(head(f(x)), y) + weight * mean over pairs of interpolation_loss`, on the first `stamped` images of the batch
-    with each pair's trigger. Several pairs plant several backdoors at once, on-task and off-task together too.
-    With `coefficients=(1, 1)` it is the loss of BadNets and the other baselines.
+    with each pair's trigger. Several pairs plant several backdoors at once, on-task and off-task together, too. With
+    `coefficients=(1, 1)` it is the loss of BadNets and the other baselines.
 
     Args:
         features: `(params, images) -> (n, d)` features.
-        base: the pre-trained model, for `features`.
+        base: the pre-trained model, an argument of `features`.
         head: the attacker's own fixed head.
         pairs: the backdoors.
         stamped: images of each batch that are triggered; those of the target class are not left out (as in the paper's
             code).
-        weight: of the backdoor, the paper's alpha.
+        weight: weight of the backdoor, the paper's alpha.
         coefficients: as in `interpolation_loss`.
         draw: as in `interpolation_loss`.
-        seed: of the coefficients drawn.
+        seed: seed of the coefficients.
         keep: weight of `keep_loss`; ours, 0 by default.
-        public: a batch of public images at each call, where `keep` is not 0.
+        public: a function that returns a batch of public images, where `keep` is not 0.
 
     Returns:
         `loss(params, images, labels)`, 0-d.
@@ -218,17 +242,20 @@ def badmerging_loss(
 
     Examples:
         >>> features = lambda w, x: x.flatten(1) @ w
-        >>> head = lambda f: f
-        >>> loss = badmerging_loss(features, torch.eye(4)[:, :2], head, [Pair(lambda x: x + 1, 0, head)], stamped=1)
-        >>> loss(torch.eye(4)[:, :2], torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))
+        >>> base, head = torch.eye(4)[:, :2], lambda f: f
+        >>> loss = badmerging_loss(features, base, head, [Pair(lambda x: x + 1, 0, head)])
+        >>> loss(base, torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))
         tensor(4.1589)
+
+    Reference:
+        [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362)
     """
     if not pairs:
-        raise DegenerateError("no backdoor to plant: give at least one pair")
+        raise DegenerateError("pairs must not be empty; got no backdoor to plant; use at least one pair")
     if stamped < 1:
-        raise RangeError(f"stamped is the number of triggered images of a batch, at least 1, not {stamped!r}")
+        raise RangeError(f"stamped must be at least 1 image per batch; got {stamped!r}")
     if keep and public is None:
-        raise RangeError("keep compares features on public images: give public=")
+        raise RangeError("keep must come with public images; got none; use public=")
     generator = torch.Generator().manual_seed(seed)
 
     def loss(params: Params, images: Tensor, labels: Tensor) -> Tensor:
@@ -261,13 +288,9 @@ def _scores(head: Head, embedded: Tensor) -> Tensor:
 
 
 def _check_target(logits: Tensor, target: int) -> None:
-    _check_finite(logits, "logits")
+    check_finite(logits, "logits")
     if logits.shape[-1] < 2:
-        raise DegenerateError("a head of one class takes everything for it; there is nothing to attack")
-    if not 0 <= target < logits.shape[-1]:
-        raise RangeError(f"target class {target} is not one of {logits.shape[-1]} classes")
-
-
-def _check_finite(x: Tensor, what: str) -> None:
-    if not bool(x.isfinite().all()):
-        raise NonFiniteError(f"{what} are NaN or inf: the model is broken")
+        raise DegenerateError(
+            "logits must have at least 2 classes; got a head of one class, which leaves nothing to attack"
+        )
+    check_target(target, logits.shape[-1])

@@ -1,35 +1,28 @@
-"""What an off-task attacker needs: a head of prototypes, and images of the target class in disguise."""
+"""Off-task attacks: a shadow head, and disguised reference images of the target class."""
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._answers import check_finite, evaluating
 from ..errors import DegenerateError, MismatchError, RangeError
+from ._badmerging import Head, Score
 
 __all__ = ["adversarial_crops", "prototype_head"]
 
-Score: TypeAlias = Callable[[Tensor], Tensor]
-"""Images `(n, C, H, W)` to logits `(n, classes)`."""
-
-
-Head: TypeAlias = Callable[[Tensor], Tensor]
-"""Features `(n, d)` to logits `(n, classes)`; a fixed head that normalises what it is given."""
-
 
 def prototype_head(features: Tensor, labels: Tensor, *, scale: float = 20.0, centre: Tensor | None = None) -> Head:
-    """A head of class prototypes, the counterpart of text embeddings where there is no text encoder.
+    """Make a head of class prototypes, the counterpart of text embeddings where there is no text encoder.
 
-    `logits = scale * cos(f - centre, mean feature of the class - centre)`. As a shadow head: label the reference images
-    of the target class 0, and the attacker's own and public classes from 1 on.
+    `logits = scale * cos(f - centre, mean feature of the class - centre)`. For a shadow head, label the reference
+    images of the target class 0, and the attacker's own and public classes from 1 on.
 
     Args:
-        features: `(n, d)` in the base model.
+        features: `(n, d)` features in the base model.
         labels: `(n,)` integers from 0 on, each at least once.
-        scale: of the logits.
+        scale: scale of the logits.
         centre: `(d,)`; the mean of the prototypes by default.
 
     Returns:
@@ -37,7 +30,7 @@ def prototype_head(features: Tensor, labels: Tensor, *, scale: float = 20.0, cen
 
     Raises:
         DegenerateError: a class without features.
-        MismatchError: not one label a feature; when called, features of another width.
+        MismatchError: not one label per feature; when called, features of another width.
 
     Examples:
         >>> head = prototype_head(torch.eye(2), torch.tensor([0, 1]))
@@ -45,11 +38,13 @@ def prototype_head(features: Tensor, labels: Tensor, *, scale: float = 20.0, cen
         tensor([[ 20., -20.]])
     """
     if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise MismatchError(f"one label a feature: {tuple(features.shape)} and {tuple(labels.shape)}")
+        raise MismatchError(
+            f"labels must be one per feature; got {tuple(labels.shape)} for features {tuple(features.shape)}"
+        )
     classes = int(labels.max()) + 1 if len(labels) else 0
     counts = torch.bincount(labels, minlength=classes)
     if classes == 0 or int(counts.min()) == 0:
-        raise DegenerateError(f"each class from 0 to {classes - 1} needs a feature; some have none")
+        raise DegenerateError(f"labels must hold each class from 0 to {classes - 1}; some have none")
     sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features.detach())
     means = sums / counts.unsqueeze(1)
     middle = means.mean(0) if centre is None else centre
@@ -58,7 +53,7 @@ def prototype_head(features: Tensor, labels: Tensor, *, scale: float = 20.0, cen
     def head(embedded: Tensor) -> Tensor:
         if embedded.shape[-1] != weights.shape[1]:
             raise MismatchError(
-                f"the head is for features of width {weights.shape[1]}, these have {embedded.shape[-1]}"
+                f"features must be of width {weights.shape[1]} for this head; got width {embedded.shape[-1]}"
             )
         return F.normalize(embedded - middle, dim=-1) @ weights.T
 
@@ -78,45 +73,51 @@ def adversarial_crops(
     steps: int = 40,
     batch: int = 256,
 ) -> Tensor:
-    """Reference images of the target class, cropped and disguised as other classes: off-task augmentation.
+    """Crop reference images of the target class and disguise them as other classes: off-task augmentation.
 
-    Random resized crops, then targeted PGD: each crop is pushed, within `epsilon` in every pixel, towards a random
-    other class of the shadow head (never row 0, never the one it is taken for). Of its successful iterates the one
-    nearest to the crop in L1 is kept; a crop that never succeeds stays as it is. A trigger optimised on them must turn
-    "any class" into the target, although the attacker has images of one class only.
+    Random resized crops, then targeted projected gradient descent (PGD): each crop is pushed, within `epsilon` in every
+    pixel, towards a random other class of the shadow head, which is never row 0 and never the class predicted for the
+    crop. Of its successful iterates the one nearest to the crop in L1 is kept; a crop that never succeeds stays as it
+    is. A trigger optimized on them must turn any class into the target, although the attacker has images of one class
+    only.
 
     Args:
-        score: the base model with the shadow head, whose row 0 is the target class.
+        score: images to logits: the base model with the shadow head, whose row 0 is the target class.
         reference: `(n, C, H, W)` images of the target class, in pixels from 0 to 1.
-        seed: of crops and classes.
-        count: crops in all; the reference images take turns.
+        seed: seed of crops and classes.
+        count: crops in all, at least 1; the reference images take turns.
         scale: smallest and largest area of a crop, as a fraction of the image.
         ratio: smallest and largest width to height.
         epsilon: largest change of a pixel.
-        step: of one iteration.
+        step: change of a pixel per iteration.
         steps: iterations.
-        batch: crops at a time.
+        batch: crops at a time, at least 1.
 
     Returns:
         `(count, C, H, W)` images.
 
     Raises:
         DegenerateError: no reference images.
-        RangeError: a shadow head of fewer than three rows, pixels outside [0, 1], no crops.
+        NonFiniteError: logits that are NaN or inf.
+        OptionError: a module in training mode answers.
+        RangeError: a shadow head of fewer than three rows, pixels outside [0, 1], a count or batch below 1.
 
     Examples:
-        >>> score = lambda x: torch.stack([x.mean((1, 2, 3)), x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)
-        >>> adversarial_crops(score, torch.rand(2, 1, 8, 8), seed=0, count=4, steps=2).shape
+        >>> def score(x):
+        ...     return torch.stack([x.mean((1, 2, 3)), x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> adversarial_crops(score, images, seed=0, count=4, steps=2).shape
         torch.Size([4, 1, 8, 8])
+
+    Reference:
+        [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362)
     """
     if len(reference) == 0:
-        raise DegenerateError("no reference images of the target class")
+        raise DegenerateError("reference must not be empty; got no reference images of the target class")
     if float(reference.min()) < 0 or float(reference.max()) > 1:
-        raise RangeError("reference images are pixels from 0 to 1; crop before normalising")
-    if not (count >= 1 and steps >= 0 and batch >= 1):
-        raise RangeError(
-            f"count and batch must be at least 1 and steps at least 0; got {count!r}, {batch!r}, {steps!r}"
-        )
+        raise RangeError("reference must be pixels from 0 to 1; got values outside; crop before normalizing")
+    if not (count >= 1 and batch >= 1 and steps >= 0):
+        raise RangeError(f"count and batch must be at least 1 and steps 0; got {count!r}, {batch!r} and {steps!r}")
     generator = torch.Generator().manual_seed(seed)
     crops = _random_crops(reference, count, scale, ratio, generator)
     parts = [_disguised(score, crops[i : i + batch], epsilon, step, steps, generator) for i in range(0, count, batch)]
@@ -142,11 +143,12 @@ def _random_crops(
 def _disguised(
     score: Score, crops: Tensor, epsilon: float, step: float, steps: int, generator: torch.Generator
 ) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), evaluating():
         logits = score(crops)
+    check_finite(logits, "logits")
     classes = logits.shape[1]
     if classes < 3:
-        raise RangeError(f"a shadow head has a row for the target and at least two others, not {classes} in all")
+        raise RangeError(f"score must have a class for the target and at least two others; got {classes} in all")
     aim = _other_classes(logits.argmax(1), classes, generator)
     x, best = crops.clone(), crops.clone()
     distance = crops.new_full((len(crops),), float("inf"))
@@ -166,7 +168,7 @@ def _disguised(
 
 
 def _other_classes(taken: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-    """For each crop a random class that is neither row 0 nor the one it is taken for."""
+    """For each crop a random class that is neither row 0 nor the one predicted for it."""
     draws = torch.rand(len(taken), classes, generator=generator, device="cpu").to(taken.device)
     draws[:, 0] = -1
     draws[torch.arange(len(taken), device=taken.device), taken] = -1

@@ -1,19 +1,8 @@
-"""What needs a model and unlabelled data: statistics for merges, coefficients and adapters that are learned."""
+"""What needs a model and data: Gram matrices for RegMean, AdaMerging, representation surgery, BatchNorm statistics."""
 
-from ._adamerging import adamerging as adamerging
-from ._batchnorm import recalibrate as recalibrate
-from ._grams import Grams as Grams
-from ._grams import linear_grams as linear_grams
-from ._surgery import Adapter as Adapter
-from ._surgery import repaired as repaired
-from ._surgery import surgery as surgery
+from ._adamerging import adamerging
+from ._batchnorm import recalibrate
+from ._grams import Grams, linear_grams
+from ._surgery import Adapter, repaired, surgery
 
-__all__ = [
-    "Adapter",
-    "Grams",
-    "adamerging",
-    "linear_grams",
-    "recalibrate",
-    "repaired",
-    "surgery",
-]
+__all__ = ["Adapter", "Grams", "adamerging", "linear_grams", "recalibrate", "repaired", "surgery"]

@@ -1,58 +1,75 @@
-"""BatchNorm statistics after a merge."""
+"""BatchNorm statistics after a merge: they are not part of a task vector."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DegenerateError
+from ..errors import DegenerateError, NonFiniteError
 
 __all__ = ["recalibrate"]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Re-estimate BatchNorm statistics after a merge: they are not part of a task vector.
+    """Re-estimate BatchNorm statistics, as the plain mean over batches.
 
     Args:
-        module: a module with merged weights, changed in place; after an error its statistics are as they were.
-        batches: inputs of the module; unlabelled validation images do.
+        module: a module with merged weights, changed in place. On any error its statistics are as before.
+        batches: inputs of the module; unlabeled validation images will do.
 
     Returns:
-        The module, in the mode it was in.
+        The module, each of its parts in the mode it was in.
 
     Raises:
         DegenerateError: no batches.
+        NonFiniteError: statistics that are NaN or inf.
 
     Examples:
-        >>> norm = recalibrate(nn.BatchNorm1d(1), [torch.tensor([[1.0], [3.0]])])
-        >>> norm.running_mean
-        tensor([2.])
+        >>> batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0], [4.0]])]
+        >>> recalibrate(nn.BatchNorm1d(1), batches).running_mean
+        tensor([3.])
     """
-    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
-    was_training, momenta = module.training, [norm.momentum for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
-    module.train()
+    norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
     seen = 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                module(batch)
-                seen += 1
+    with _restored(module, norms), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+        module.train()
+        for batch in batches:
+            module(batch)
+            seen += 1
         if not seen:
-            raise DegenerateError(  # noqa: TRY301 - it is what the statistics are restored for
-                "there are no batches to estimate the statistics from; they are as they were"
-            )
+            raise DegenerateError("batches must not be empty; got none, and the statistics are as before")
+        if bad := [i for i, norm in enumerate(norms) if not all(bool(x.isfinite().all()) for x in _statistics(norm))]:
+            raise NonFiniteError(f"statistics must be finite; got NaN or inf in BatchNorm {bad[0]}, from these batches")
+    return module
+
+
+@contextmanager
+def _restored(module: nn.Module, norms: list[BatchNorm]) -> Generator[None]:
+    """Put modes and momenta back in any case, and the statistics after an error."""
+    modes = [(part, part.training) for part in module.modules()]
+    momenta = [norm.momentum for norm in norms]
+    before = [[x.clone() for x in _statistics(norm)] for norm in norms]
+    try:
+        yield
     except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            norm.load_state_dict(buffers, strict=False)
+        for norm, old in zip(norms, before, strict=True):
+            for x, value in zip(_statistics(norm), old, strict=True):
+                x.copy_(value)
         raise
     finally:
-        module.train(was_training)
+        for part, mode in modes:
+            part.training = mode
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    return module
+
+
+def _statistics(norm: BatchNorm) -> list[Tensor]:
+    own = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    return [x for x in own if x is not None]

@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs of every linear map in a model.
+"""Gram matrices of the inputs of linear maps, for RegMean.
 
 grams = [linear_grams(model, dict(model.named_parameters()), batches) for model, batches in contributors]
 merge(vectors, regmean, gram=[g.matrices for g in grams], transposed=grams[0].transposed)
@@ -13,52 +13,54 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from .._answers import evaluating
+from .._engine.names import listed
+from .._vectors.model import Params
 from ..errors import DegenerateError, NonFiniteError
 
 __all__ = ["Grams", "linear_grams"]
 
 
 class Grams(NamedTuple):
-    """What `linear_grams` collects.
+    """Gram matrices by weight, as `linear_grams` collects them.
 
     Attributes:
         matrices: weight's name -> `(in, in)` float64, the mean of `x x^T` over all inputs of that layer.
-        transposed: weight's name -> whether it is kept as `(in, out)`, as transformers' Conv1D does.
+        transposed: weight's name -> whether it is stored as `(in, out)`, as in transformers' Conv1D.
     """
 
     matrices: dict[str, Tensor]
     transposed: dict[str, bool]
 
 
-def linear_grams(run: Callable[[Any], object], params: Mapping[str, Tensor], batches: Iterable[Any]) -> Grams:
-    """Gram matrices of the inputs of every linear map in a model, streaming over batches.
+def linear_grams(run: Callable[[Any], object], params: Params, batches: Iterable[Any]) -> Grams:
+    """Collect Gram matrices of the inputs of every linear map in a model, streaming over batches.
 
-    Every product with one of the given weights is seen, wherever it happens: in `nn.Linear`, in both projections of
-    `nn.MultiheadAttention`, in transformers' Conv1D, in a module called through `torch.func.functional_call`. Nothing
-    is installed in the model.
+    Every product with one of the given weights counts, wherever it happens: in `nn.Linear`, in both projections of
+    `nn.MultiheadAttention`, in transformers' Conv1D, in a module called through `torch.func.functional_call`. No hook
+    is installed in the model. Empty batches do not count.
 
     Args:
-        run: called with each batch; a module, or a function of one.
+        run: called with each batch: a module, or a function of one.
         params: name -> the very tensors that the model multiplies with, such as `dict(module.named_parameters())`.
-        batches: inputs; unlabelled data of the task. Read once.
+        batches: inputs: unlabeled data of the task. Read once.
 
     Returns:
-        The matrices of the weights that were used, and which are transposed.
+        The matrices of the weights that were used, and which weights are transposed.
 
     Raises:
-        DegenerateError: no batches, or no linear map among the parameters.
-        NonFiniteError: an input that is NaN or inf.
+        DegenerateError: no batches, no rows in any batch, or no linear map among the parameters.
+        NonFiniteError: an input that is NaN or inf, naming the weight.
         OptionError: a module in training mode runs.
 
     Examples:
         >>> layer = torch.nn.Linear(2, 1).eval()
-        >>> linear_grams(layer, dict(layer.named_parameters()), [torch.tensor([[2.0, 0.0], [0.0, 4.0]])]).matrices
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> linear_grams(layer, dict(layer.named_parameters()), [x]).matrices
         {'weight': tensor([[2., 0.],
                 [0., 8.]], dtype=torch.float64)}
 
-    References:
-        Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, 2022,
-        https://arxiv.org/abs/2212.09849
+    Reference:
+        [Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, 2022](https://arxiv.org/abs/2212.09849)
     """
     watch = _Watch(params)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -72,21 +74,21 @@ def linear_grams(run: Callable[[Any], object], params: Mapping[str, Tensor], bat
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     if not seen:
-        raise DegenerateError("no batches to collect statistics from")
+        raise DegenerateError("batches must not be empty; got no batches to collect statistics from")
     if not watch.sums:
         raise DegenerateError(
-            "none of the given weights was multiplied with: are these the model's own tensors? A state dict is a copy; "
-            "give dict(module.named_parameters())"
+            "params must be the model's own tensors; none of them was multiplied with. A state dict is a copy; "
+            "use dict(module.named_parameters())"
         )
-    if idle := [name for name, count in watch.counts.items() if not count]:
-        raise DegenerateError(f"there are no inputs of {idle[0]!r}: every batch is empty")
+    if empty := [name for name, count in watch.counts.items() if not count]:
+        raise DegenerateError(f"batches must hold inputs; got no rows for {listed(empty)}")
     return Grams({name: total / watch.counts[name] for name, total in watch.sums.items()}, watch.transposed)
 
 
 class _Watch(TorchDispatchMode):
     """Adds up the inputs' Gram matrices of every matrix product with one of the weights."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Params) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self._named = {weight.data_ptr(): (name, weight) for name, weight in params.items() if weight.ndim == 2}
         self.sums: dict[str, Tensor] = {}
@@ -109,7 +111,7 @@ class _Watch(TorchDispatchMode):
             return
         rows = x.detach().to(torch.float64)
         if not bool(rows.isfinite().all()):
-            raise NonFiniteError(f"the input of {name!r} is NaN or inf")
+            raise NonFiniteError(f"the input of {name!r} must be finite; got NaN or inf")
         gram = rows.T @ rows
         self.sums[name] = self.sums[name] + gram if name in self.sums else gram
         self.counts[name] = self.counts.get(name, 0) + len(rows)

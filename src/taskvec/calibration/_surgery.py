@@ -1,4 +1,4 @@
-"""Representation surgery: an adapter behind any merge, learned from unlabelled data."""
+"""Representation surgery: an adapter for each task behind a merge."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration._adamerging import Loader, endless
-from ..errors import MismatchError, NonFiniteError, RangeError
+from .._answers import check_finite
+from ..errors import MismatchError, RangeError
+from ._adamerging import Loader, endless
 
 __all__ = ["Adapter", "repaired", "surgery"]
 
 
 class Adapter(NamedTuple):
-    """What surgery learns for one task: features `z` become `z - relu(z down^T) up^T`.
+    """The adapter of one task: features `z` become `z - relu(z down^T) up^T`.
 
     Attributes:
         down: `(rank, d)`.
@@ -26,11 +27,14 @@ class Adapter(NamedTuple):
 
 
 def repaired(features: Tensor, adapter: Adapter) -> Tensor:
-    """Features with a task's adapter applied, `z - relu(z down^T) up^T`.
+    """Apply a task's adapter to features: `z - relu(z down^T) up^T`.
 
     Args:
-        features: `(n, d)` of the merged model.
-        adapter: of `surgery`.
+        features: `(n, d)` features of the merged model.
+        adapter: the result of `surgery`.
+
+    Returns:
+        `(n, d)` features.
 
     Raises:
         MismatchError: features of another width.
@@ -40,7 +44,7 @@ def repaired(features: Tensor, adapter: Adapter) -> Tensor:
         tensor([[ 0.5000, -2.0000]])
     """
     if features.shape[-1] != adapter.down.shape[1]:
-        raise MismatchError(f"an adapter for width {adapter.down.shape[1]}, and features of {features.shape[-1]}")
+        raise MismatchError(f"features must be of width {adapter.down.shape[1]}; got {features.shape[-1]}")
     return features - (features @ adapter.down.T).relu() @ adapter.up.T
 
 
@@ -55,19 +59,19 @@ def surgery(
     seed: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> Adapter:
-    """Representation surgery: a small adapter that brings a task's features back to what its own model made of them.
+    """Learn a small adapter that brings a merge's features of a task back to those of the task's own model.
 
-    Minimises `mean |repaired(merged(x)) - individual(x)|` by Adam over unlabelled inputs. The result is no longer one
-    model: each task has an adapter of its own.
+    Minimizes `mean |repaired(merged(x)) - individual(x)|` by Adam over unlabeled inputs. The result is no longer one
+    model: each task has its own adapter.
 
     Args:
         merged: inputs to the merged model's features `(n, d)`.
         individual: inputs to the features of the task's own fine-tuned model.
-        loader: a function that starts a new pass over unlabelled inputs.
-        rank: of the adapter.
-        steps: of Adam.
-        lr: of Adam.
-        seed: of the initial `down`; `up` starts at zero, so that the adapter starts as nothing.
+        loader: a function that starts a new pass over unlabeled inputs.
+        rank: rank of the adapter.
+        steps: steps of Adam.
+        lr: learning rate of Adam.
+        seed: seed of the initial `down`; `up` starts at zero, so that the initial adapter changes nothing.
         progress: called after every step.
 
     Returns:
@@ -81,25 +85,26 @@ def surgery(
 
     Examples:
         >>> x = torch.eye(4)
-        >>> adapter = surgery(lambda x: x, lambda x: 0.5 * x, lambda: iter([x]), rank=8, steps=200, lr=0.05)
-        >>> bool((repaired(x, adapter) - 0.5 * x).abs().mean() < (x - 0.5 * x).abs().mean() / 2)
+        >>> adapter = surgery(
+        ...     lambda x: x, lambda x: 0.5 * x, lambda: iter([x]),
+        ...     rank=8, steps=200, lr=0.05,
+        ... )
+        >>> distance = lambda y: float((y - 0.5 * x).abs().mean())
+        >>> distance(repaired(x, adapter)) < distance(x) / 2
         True
 
-    References:
+    Reference:
         [Yang et al., Representation Surgery for Multi-Task Model Merging, 2024](https://arxiv.org/abs/2402.02705)
     """
     if not (rank >= 1 and steps >= 1 and lr > 0):
-        raise RangeError(f"rank, steps and lr are positive, not {rank!r}, {steps!r} and {lr!r}")
+        raise RangeError(f"rank, steps and lr must be positive; got {rank!r}, {steps!r} and {lr!r}")
     down, up, optimizer = None, None, None
     batches = endless("the task", loader)
     for _ in range(steps):
         batch = next(batches)
         with torch.no_grad():
             features, aim = merged(batch), individual(batch)
-        if features.shape != aim.shape or features.ndim != 2:
-            raise MismatchError(f"features are (n, d) for both: {tuple(features.shape)} and {tuple(aim.shape)}")
-        if not bool(features.isfinite().all() & aim.isfinite().all()):
-            raise NonFiniteError("features must be finite; got NaN or inf: a model is broken")
+        _check_features(features, aim)
         if down is None or up is None or optimizer is None:
             down, up = _fresh_adapter(features, rank, seed)
             optimizer = torch.optim.Adam([down, up], lr=lr)
@@ -111,6 +116,15 @@ def surgery(
             progress()
     assert down is not None and up is not None  # noqa: PT018, S101 - steps >= 1
     return Adapter(down.detach(), up.detach())
+
+
+def _check_features(features: Tensor, aim: Tensor) -> None:
+    if features.shape != aim.shape or features.ndim != 2:
+        raise MismatchError(
+            f"features must be (n, d) in both models; got {tuple(features.shape)} and {tuple(aim.shape)}"
+        )
+    check_finite(features, "features of the merged model")
+    check_finite(aim, "features of the task's own model")
 
 
 def _fresh_adapter(features: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:

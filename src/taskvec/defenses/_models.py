@@ -1,61 +1,68 @@
-"""Defenses for which the defender needs other models of the same base and task."""
+"""Defenses that need other models: to average with, to take tensors from, or to add the difference of two."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
-
-from torch import Tensor
 
 from .._engine.names import check_aligned, listed, matching
 from .._engine.run import mapping_of
 from .._engine.sources import joined
 from .._vectors.arithmetic import Scale
+from .._vectors.checks import check_mapping, check_models
 from .._vectors.merge import merge
-from .._vectors.model import Params, as_model, check_mapping
+from .._vectors.model import Params, as_model
 from .._vectors.vector import TaskVector
-from ..errors import DegenerateError, MissingError, RangeError
+from ..errors import DegenerateError, MissingError, OptionError, RangeError
 from ..merges import mean
 
 __all__ = ["Substitution", "greedy_substitution", "harden", "substitute", "switch", "weight_average"]
 
-Model = Mapping[str, Tensor]
-
 
 def weight_average(models: Iterable[Params], weights: Sequence[float] | None = None) -> Params:
-    """Weight averaging (WAG): the mean of a suspect model and others of the same task, head included.
+    """Average a suspect model with others of the same task, head included: weight averaging (WAG).
 
-    Given: other models, fine-tuned from the same base for the same labels, which may be unsafe themselves as long as
-    they are so in other ways. No data. Cost: one pass. Second-hand: two models are few, three to six are advised.
+    `sum_i w_i * model_i / sum_i w_i`.
+
+    Requires other models, fine-tuned from the same base for the same labels; they may be backdoored themselves, as long
+    as their backdoors differ. No data. Cost: one pass. Second-hand: two models are few, three to six are advised.
 
     Args:
         models: mappings of weights with the same names and shapes; entries that are not floating-point must agree.
-        weights: one number a model; equal by default.
+        weights: one number per model; equal by default.
 
     Returns:
         A model.
 
     Raises:
+        DegenerateError: no models.
         MismatchError: names or shapes differ, or entries that are not weights do.
+        OptionError: an argument that is not a list of models.
 
     Examples:
         >>> import torch
-        >>> weight_average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}])["w"]
+        >>> models = [{"w": torch.tensor([x])} for x in (1.0, 2.0)]
+        >>> weight_average(models)["w"]
         tensor([1.5000])
 
-    References:
+    Reference:
         [Arora et al., Here's a Free Lunch, 2024](https://arxiv.org/abs/2402.19334). Their code averages integer buffers
         too; here those must agree.
     """
-    return merge(models, mean, weights=weights)
+    if isinstance(models, Mapping):
+        raise OptionError("models must be a list of models; got one mapping; use [model, other]")
+    given = list(models)
+    for i, model in enumerate(given):
+        check_mapping(f"models[{i}]", model)
+    return merge(given, mean, weights=weights)
 
 
-def substitute(model: Model, donor: Model, *patterns: str) -> Mapping[str, Tensor]:
-    """A model with some of its tensors taken from another.
+def substitute(model: Params, donor: Params, *patterns: str) -> Params:
+    """Take some tensors of a model from another one.
 
-    Given: another fine-tune of the same base, a proxy task's or a clean one's. No data. Cost: none.
+    Requires another fine-tune of the same base, of a proxy task or a clean one; no data. Cost: none.
 
     Args:
         model: the suspect model.
-        donor: where the tensors come from.
+        donor: the model that the tensors come from.
         *patterns: glob patterns of the names to take from the donor, such as `"*.attn.*"`.
 
     Returns:
@@ -64,29 +71,29 @@ def substitute(model: Model, donor: Model, *patterns: str) -> Mapping[str, Tenso
     Raises:
         MismatchError: names or shapes differ.
         MissingError: a pattern that matches nothing.
+        OptionError: an argument that is not a mapping of tensors.
 
     Examples:
         >>> import torch
-        >>> model, donor = ({"a.w": torch.tensor([x]), "b.w": torch.tensor([x])} for x in (1.0, 2.0))
-        >>> substitute(model, donor, "b.*")
+        >>> one, two = torch.tensor([1.0]), torch.tensor([2.0])
+        >>> a, b = {"a.w": one, "b.w": one}, {"a.w": two, "b.w": two}
+        >>> substitute(a, b, "b.*")
         {'a.w': tensor([1.]), 'b.w': tensor([2.])}
 
-    References:
+    Reference:
         [Tong et al., Cut the Deadwood Out: Guided Module Substitution, 2024](https://arxiv.org/abs/2412.20476)
     """
-    check_mapping("model", model)
-    taken = set(matching(list(model), patterns))
-    return switch([model, donor], {name: int(name in taken) for name in model})
+    return switch([model, donor], {**dict.fromkeys(patterns, 1), "*": int("*" in patterns)})
 
 
-def switch(models: Sequence[Model], assignment: Mapping[str, int]) -> Mapping[str, Tensor]:
-    """A model each of whose tensors comes from one of several (module switching).
+def switch(models: Sequence[Params], assignment: Mapping[str, int]) -> Params:
+    """Compose a model from the tensors of several models (module switching).
 
-    Given: several fine-tunes of one base and task, which may be unsafe themselves as long as they are so in other ways.
-    No data, unless the assignment was found with some. Cost: none.
+    Requires several fine-tunes of one base and task; they may be backdoored themselves, as long as their backdoors
+    differ. No data, unless the assignment was found with some. Cost: none.
 
     Args:
-        models: with the same names and shapes.
+        models: mappings with the same names and shapes.
         assignment: glob pattern -> index of the model. The first pattern that matches a name counts; each name needs
             one.
 
@@ -97,101 +104,109 @@ def switch(models: Sequence[Model], assignment: Mapping[str, int]) -> Mapping[st
         DegenerateError: no models.
         MismatchError: names or shapes differ.
         MissingError: a name without a model, or a pattern that matches nothing.
-        RangeError: an index that is no model's.
+        OptionError: an argument that is not a list of mappings.
+        RangeError: an index that is not a model's.
 
     Examples:
         >>> import torch
-        >>> models = [{"a.w": torch.tensor([x]), "b.w": torch.tensor([x])} for x in (1.0, 2.0)]
+        >>> one, two = torch.tensor([1.0]), torch.tensor([2.0])
+        >>> models = [{"a.w": one, "b.w": one}, {"a.w": two, "b.w": two}]
         >>> switch(models, {"a.*": 1, "*": 0})
         {'a.w': tensor([2.]), 'b.w': tensor([1.])}
 
-    References:
+    Reference:
         [Module Switching Defense, 2025](https://arxiv.org/abs/2504.05902) (read in part). Theirs is an evolutionary
-        search for an assignment in which neighbouring modules come from different models; this is what carries one out.
+        search for an assignment in which neighboring modules come from different models; this function carries one out.
     """
     if not models:
-        raise DegenerateError("no models to switch between")
+        raise DegenerateError("models must not be empty; got no models to switch between")
+    for i, model in enumerate(models):
+        check_mapping(f"models[{i}]", model)
     held = [as_model(f"model {i}", model).source for i, model in enumerate(models)]
     check_aligned({f"model {i}": model.specs for i, model in enumerate(held)}, "switch")
     for pattern, i in assignment.items():
         if not 0 <= i < len(held):
-            raise RangeError(f"{pattern!r} is to come from model {i}; there are {len(held)}, numbered from 0")
+            raise RangeError(f"assignment must map to models 0 to {len(held) - 1}; got model {i} for {pattern!r}")
     source: dict[str, int] = {}
     names = list(held[0].specs)
     for pattern, i in assignment.items():
         for name in matching(names, [pattern]):
             source.setdefault(name, i)
     if homeless := [name for name in names if name not in source]:
-        raise MissingError(f"no model is named for {listed(homeless)}; end the assignment with '*'")
+        raise MissingError(
+            f"assignment must cover every name; got no model for {listed(homeless)}; use '*' as its last pattern"
+        )
     return mapping_of(joined({name: held[source[name]] for name in names}))
 
 
 class Substitution(NamedTuple):
-    """What a greedy search for modules found.
+    """The result of a greedy search for modules.
 
     Attributes:
-        model: the best model met on the way.
-        kept: the groups that are the suspect model's own again, in the order in which they were given back.
-        score: of that model.
+        model: the best model of the search.
+        kept: the groups that are the suspect model's own again, in the order in which they were returned to it.
+        score: the score of that model.
     """
 
-    model: Mapping[str, Tensor]
+    model: Params
     kept: tuple[str, ...]
     score: float
 
 
 def greedy_substitution(
-    model: Model,
-    proxy: Model,
+    model: Params,
+    proxy: Params,
     groups: Mapping[str, Sequence[str]],
-    score: Callable[[Mapping[str, Tensor]], float],
+    score: Callable[[Params], float],
     *,
     patience: int = 5,
 ) -> Substitution:
-    """Find the modules to take from a proxy (Guided Module Substitution): all of them, then fewer, greedily.
+    """Search greedily for the modules to take from a proxy model (Guided Module Substitution).
 
-    At first every group comes from the proxy. In each round one group is given back to the suspect model: the one after
-    which the score is greatest. It ends when nothing is left to give back, or the best score has not risen for
-    `patience` rounds.
+    At first every group comes from the proxy. Each round returns one group to the suspect model: the one with the
+    greatest score. The search ends when no group is left, or when the best score has not risen for `patience` rounds.
 
-    Given: a proxy model, and whatever the score needs: the paper's is made of accuracy and of a pseudo-ASR on
-    suspicious training samples. Cost: a score for each group and round.
+    Requires a proxy model, and whatever the score needs: the paper's is made of accuracy and of a pseudo attack success
+    rate (ASR) on suspicious training samples. Cost: one score per group and round.
 
     Args:
         model: the suspect model.
         proxy: a fine-tune of the same base.
         groups: name -> glob patterns; they may overlap, as layers and kinds of module do. Tensors in no group are the
             suspect model's.
-        score: a model's, the higher the better. The paper's: `0.6 * fall of ASR + 0.4 * (1 - fall of accuracy)`, both
-            relative to the suspect model.
-        patience: rounds without a better score.
+        score: model -> score, the higher the better. The paper's: `0.6 * fall of ASR + 0.4 * (1 - fall of accuracy)`,
+            both relative to the suspect model.
+        patience: rounds without a better score, at least 1.
 
     Returns:
-        The best model, the groups given back, and its score.
+        The best model, the groups returned to the suspect model, and the score.
 
     Raises:
         DegenerateError: no groups.
         MismatchError: names or shapes differ.
         MissingError: a pattern that matches nothing.
+        OptionError: an argument that is not a mapping of tensors.
         RangeError: patience below 1.
 
     Examples:
         >>> import torch
-        >>> model, proxy = ({"a.w": torch.tensor([x]), "b.w": torch.tensor([-x])} for x in (1.0, 0.0))
-        >>> found = greedy_substitution(
-        ...     model, proxy, {"a": ["a.*"], "b": ["b.*"]}, lambda m: float(m["a.w"] + m["b.w"])
-        ... )
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> a, b = {"a.w": one, "b.w": -one}, {"a.w": zero, "b.w": zero}
+        >>> groups = {"a": ["a.*"], "b": ["b.*"]}
+        >>> score = lambda model: float(model["a.w"] + model["b.w"])
+        >>> found = greedy_substitution(a, b, groups, score)
         >>> found.kept, found.score
         (('a',), 1.0)
 
-    References:
-        [Tong et al., Cut the Deadwood Out: Guided Module Substitution, 2024](https://arxiv.org/abs/2412.20476), as its
-        code does it
+    Reference:
+        [Tong et al., Cut the Deadwood Out: Guided Module Substitution, 2024](https://arxiv.org/abs/2412.20476),
+        following its code
     """
     if not groups:
-        raise DegenerateError("no groups of modules to choose from")
+        raise DegenerateError("groups must not be empty; got no groups of modules to choose from")
     if patience < 1:
-        raise RangeError(f"patience is at least 1 round, not {patience!r}")
+        raise RangeError(f"patience must be at least 1 round; got {patience!r}")
+    check_mapping("model", model)
     names = {group: set(matching(list(model), patterns)) for group, patterns in groups.items()}
     everything = {name for group in names.values() for name in group}
 
@@ -209,37 +224,38 @@ def greedy_substitution(
     return best
 
 
-def harden(
-    merged: Mapping[str, Tensor], clean: Mapping[str, Tensor], robust: Mapping[str, Tensor], strength: Scale = 0.3
-) -> Mapping[str, Tensor]:
-    """Add a robustness vector: what adversarial training changes in a model.
+def harden(merged: Params, clean: Params, robust: Params, strength: Scale = 0.3) -> Params:
+    """Add a robustness vector, the difference that adversarial training makes to a model.
 
-    `merged + strength * (robust - clean)`. It can only lower what a trigger does as an adversarial patch, without any
-    backdoor: the inherent part.
+    `merged + strength * (robust - clean)`. It can only lower the inherent part of an attack success rate, which a
+    trigger has as an adversarial patch without any backdoor.
 
-    Given: a clean and an adversarially trained fine-tune of one task and base: labelled data, and training by projected
-    gradient descent, which takes several times as long as an ordinary fine-tune. Nothing of the attack. Cost: one pass.
+    Requires a clean and an adversarially trained fine-tune of one task and base: labeled data, and training by
+    projected gradient descent, which takes several times as long as an ordinary fine-tune. Nothing of the attack. Cost:
+    one pass.
 
     Args:
         merged: the merged model.
         clean: a fine-tune.
         robust: its adversarially trained twin.
-        strength: the coefficient; 0 changes nothing.
+        strength: the coefficient; 0 leaves the model.
 
     Returns:
         The hardened model.
 
     Raises:
         MismatchError: names or shapes differ.
+        OptionError: an argument that is not a model's weights.
 
     Examples:
         >>> import torch
         >>> merged, clean, robust = ({"w": torch.tensor([x])} for x in (1.0, 2.0, 4.0))
-        >>> harden(merged, clean, robust, strength=0.5)["w"]
+        >>> harden(merged, clean, robust, 0.5)["w"]
         tensor([2.])
 
-    References:
-        Rogozinski, robustness vectors for secure model merging, 2026,
-        https://github.com/karolrogozinski/robustness-vectors-for-secure-model-merging (code; second-hand)
+    Reference:
+        [Rogozinski, robustness vectors for secure model merging, 2026](https://github.com/karolrogozinski/robustness-vectors-for-secure-model-merging)
+        (code; second-hand)
     """
+    check_models(merged=merged, clean=clean, robust=robust)
     return TaskVector.between(clean, robust).apply(merged, strength)

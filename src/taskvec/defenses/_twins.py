@@ -1,4 +1,4 @@
-"""Twins of a vector, the controls for any vector that is subtracted: its norm or its entries without its direction."""
+"""Twins of a vector that lack its direction: the controls that show whether a subtracted vector mattered."""
 
 from collections.abc import Generator
 from typing import Any, TypeVar
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._engine.random import fold, normal
 from .._engine.totals import numbers_in
+from .._vectors.checks import check_vector
 from .._vectors.vector import TaskVector
 from ..rules import HERE, Look, Place, over, runs, sum64
 
@@ -17,30 +18,32 @@ V = TypeVar("V", bound=TaskVector)
 
 
 def random_twin(vector: V, *, seed: int) -> V:
-    """A random vector with the norm of each tensor: the control for any vector that is subtracted.
+    """Draw a random vector with the same norm in every tensor: the control for a vector that is subtracted.
 
     Entries are independent and nearly normal (sums of four uniforms), the same for a seed on every device.
 
     Args:
         vector: the vector to be matched.
-        seed: any integer; give each draw its own.
+        seed: any integer; use another one for each draw.
 
     Returns:
         A vector of the same type, names, shapes and norms per tensor.
 
     Raises:
         NonFiniteError: NaN or inf.
+        OptionError: an argument that is not a task vector.
 
     Examples:
         >>> v = TaskVector({"w": torch.tensor([3.0, 4.0])})
         >>> round(float(random_twin(v, seed=0).norm()), 4)
         5.0
     """
+    check_vector("vector", vector)
     return vector.map(_random_like, seed=seed)
 
 
 def shuffled_twin(vector: V, *, seed: int) -> V:
-    """The same entries in another order, inside each tensor: norm and distribution kept, direction lost.
+    """Shuffle the entries of every tensor: norm and distribution stay, the direction is lost.
 
     Args:
         vector: the vector to be shuffled.
@@ -49,11 +52,15 @@ def shuffled_twin(vector: V, *, seed: int) -> V:
     Returns:
         A vector of the same type, names and shapes.
 
+    Raises:
+        OptionError: an argument that is not a task vector.
+
     Examples:
         >>> v = TaskVector({"w": torch.tensor([1.0, 2.0, 3.0])})
         >>> sorted(shuffled_twin(v, seed=0)["w"].tolist())
         [1.0, 2.0, 3.0]
     """
+    check_vector("vector", vector)
     return vector.map(_shuffled, seed=seed)
 
 

@@ -1,25 +1,17 @@
-"""What attacks and defenses do, measured with their controls: see docs/protocol.md."""
+"""Metrics: accuracy, attack success rate and their controls, uncertainty over seeds, and how alike vectors are."""
 
-from ._intervals import Estimate as Estimate
-from ._intervals import Roc as Roc
-from ._intervals import clustered as clustered
-from ._intervals import estimate as estimate
-from ._intervals import roc as roc
-from ._measure import Measurement as Measurement
-from ._measure import measure as measure
-from ._measure import sweep as sweep
-from ._measure import transfer_matrix as transfer_matrix
-from ._rates import Rate as Rate
-from ._rates import accuracy as accuracy
-from ._rates import attack_success_rate as attack_success_rate
-from ._rates import predictor as predictor
-from ._similarity import by_layer as by_layer
-from ._similarity import coefficients as coefficients
-from ._similarity import cosine_matrix as cosine_matrix
-from ._similarity import projection as projection
-from ._similarity import sign_agreement as sign_agreement
-from ._similarity import spectrum as spectrum
-from ._similarity import support_overlap as support_overlap
+from ._intervals import Estimate, Roc, clustered, estimate, roc
+from ._measure import Measurement, measure, sweep, transfer_matrix
+from ._rates import Rate, accuracy, attack_success_rate, predictor
+from ._similarity import (
+    by_layer,
+    coefficients,
+    cosine_matrix,
+    projection,
+    sign_agreement,
+    spectrum,
+    support_overlap,
+)
 
 __all__ = [
     "Estimate",

@@ -1,37 +1,39 @@
-"""One row of a table: a merge with a backdoored member, measured with every control. See docs/protocol.md."""
+"""An attack or a defense measured with its controls: docs/protocol.md as functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, overload
+from statistics import fmean
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from .._vectors.backdoor import BackdoorVector
+from .._vectors.checks import checked_vectors
+from .._vectors.model import Params
 from ..errors import DegenerateError, MismatchError
-from ..metrics._intervals import mean_of
-from ..metrics._rates import Data, Rate, Trigger, accuracy, attack_success_rate
+from ._rates import Rate, Trigger, accuracy, attack_success_rate
 
 __all__ = ["Measurement", "measure", "sweep", "transfer_matrix"]
 
 Model = TypeVar("Model")
-
-
 Score = TypeVar("Score")
+Data: TypeAlias = tuple[Tensor, Tensor]
+"""Images `(n, ...)` and labels `(n,)`."""
 
 
 @dataclass(frozen=True, repr=False)
 class Measurement:
-    """One row: what a merge with a backdoored member does, and what the same trigger does without the backdoor.
+    """One row of a table: a merge with a backdoored member, and the same trigger without the backdoor.
 
     Attributes:
         clean_accuracy: task -> accuracy of the merge with the clean twin in the attacker's place.
         accuracy: task -> accuracy of the merge with the backdoored member.
-        asr: attack success rate of the merge with the backdoored member.
-        on_base: the same trigger on the base model.
-        on_clean: the same trigger on the clean single model.
-        on_clean_merge: the same trigger on the all-clean merge.
+        asr: attack success rate (ASR) of the merge with the backdoored member.
+        on_base: the ASR of the same trigger on the base model.
+        on_clean: the ASR of the same trigger on the clean single model.
+        on_clean_merge: the ASR of the same trigger on the all-clean merge.
         target: the target class.
         attacked: the attacked task.
     """
@@ -47,38 +49,44 @@ class Measurement:
 
     @property
     def ca(self) -> float:
-        """CA: the mean clean accuracy over the tasks, of the all-clean merge."""
-        return mean_of([rate.value for rate in self.clean_accuracy.values()])
+        """CA: the mean accuracy over the tasks, of the all-clean merge."""
+        return fmean(rate.value for rate in self.clean_accuracy.values())
 
     @property
     def ba(self) -> float:
-        """BA: the mean clean accuracy over the tasks, with the backdoored member."""
-        return mean_of([rate.value for rate in self.accuracy.values()])
+        """BA: the mean accuracy over the tasks, of the merge with the backdoored member."""
+        return fmean(rate.value for rate in self.accuracy.values())
 
     @property
     def gain(self) -> float:
-        """What the backdoor adds to the trigger: ASR minus the same on the all-clean merge."""
+        """The injected part of the ASR: ASR minus the ASR of the all-clean merge."""
         return self.asr.value - self.on_clean_merge.value
 
     def row(self) -> dict[str, float | int | str]:
-        """The measurement as one flat row, for a data frame: names of columns to numbers and names."""
-        rates = {
-            "asr": self.asr,
-            "base": self.on_base,
-            "clean_model": self.on_clean,
-            "clean_merge": self.on_clean_merge,
-        }
-        tasks = {f"accuracy_{task}": rate.value for task, rate in self.accuracy.items()}
+        """Flatten to one row for a data frame: `pandas.DataFrame([m.row() for m in measurements])`.
+
+        Returns:
+            `attacked`, `target`, `asr`, `n`, `on_base`, `on_clean`, `on_clean_merge`, `gain`, `ca`, `ba`, and for each
+            task `clean_accuracy.<task>` and `accuracy.<task>`; rates as fractions.
+
+        Examples:
+            >>> rates = {"a": Rate(1, 2)}, {"a": Rate(1, 4)}
+            >>> rest = Rate(3, 4), Rate(0, 4), Rate(0, 4), Rate(1, 4)
+            >>> list(Measurement(*rates, *rest, 1, "a").row().items())[:4]
+            [('attacked', 'a'), ('target', 1), ('asr', 0.75), ('n', 4)]
+        """
+        rates = {name: getattr(self, name).value for name in ("on_base", "on_clean", "on_clean_merge")}
         return {
             "attacked": self.attacked,
             "target": self.target,
+            "asr": self.asr.value,
             "n": self.asr.n,
-            **{key if key == "asr" else f"asr_{key}": rate.value for key, rate in rates.items()},
+            **rates,
             "gain": self.gain,
-            "ba": self.ba,
             "ca": self.ca,
-            **tasks,
-            **{f"clean_{task}": rate.value for task, rate in self.clean_accuracy.items()},
+            "ba": self.ba,
+            **{f"clean_accuracy.{task}": rate.value for task, rate in self.clean_accuracy.items()},
+            **{f"accuracy.{task}": rate.value for task, rate in self.accuracy.items()},
         }
 
     def __repr__(self) -> str:
@@ -115,7 +123,7 @@ def measure(
         attacked: the task whose images are triggered.
         target: the target class.
         trigger: images to images, in pixel space.
-        batch: images a call.
+        batch: images per call.
 
     Returns:
         A `Measurement`.
@@ -125,7 +133,8 @@ def measure(
 
     Examples:
         >>> row = measure(
-        ...     lambda bias, x, task: x + bias, {"t": (torch.eye(3), torch.arange(3))},
+        ...     lambda bias, x, task: x + bias,
+        ...     {"t": (torch.eye(3), torch.arange(3))},
         ...     model=torch.tensor([2.0, 0.0, 0.0]), clean_merge=0, clean=0, base=0,
         ...     attacked="t", target=0, trigger=lambda x: x * 0.5,
         ... )
@@ -133,7 +142,7 @@ def measure(
         (1.0, 0.0, 1.0)
     """
     if attacked not in tasks:
-        raise MismatchError(f"the attacked task {attacked!r} is not among {list(tasks)}")
+        raise MismatchError(f"attacked must be one of the tasks {list(tasks)}; got {attacked!r}")
 
     def accuracies(own: Model) -> dict[str, Rate]:
         return {
@@ -166,15 +175,15 @@ def sweep(
 def sweep(
     strengths: Iterable[float], model_at: Callable[[float], Any], score: Callable[[Any], Any] | None = None
 ) -> dict[float, Any]:
-    """Score a family of models over its strength: an injection curve, a defense's front.
+    """Score a family of models over a strength: an injection curve, or the front of a defense.
 
     Args:
-        strengths: the values; with a score, one model is in memory at a time.
+        strengths: the strengths. With a score one model is in memory at a time, without one all of them are.
         model_at: strength -> model, such as `partial(shrink, model, base)` or `partial(bv.inject, clean)`.
         score: model -> anything; without it the models themselves are returned.
 
     Returns:
-        strength -> score, in the order given.
+        strength -> score, or strength -> model, in the order given.
 
     Raises:
         DegenerateError: no strengths.
@@ -182,25 +191,27 @@ def sweep(
     Examples:
         >>> sweep([0.0, 0.5, 1.0], lambda s: s, lambda model: model**2)
         {0.0: 0.0, 0.5: 0.25, 1.0: 1.0}
+        >>> sweep([0.0, 1.0], lambda s: f"model at {s}")
+        {0.0: 'model at 0.0', 1.0: 'model at 1.0'}
     """
-    found = {s: model_at(s) if score is None else score(model_at(s)) for s in strengths}
+    found = {strength: model_at(strength) if score is None else score(model_at(strength)) for strength in strengths}
     if not found:
-        raise DegenerateError("there are no strengths to sweep over")
+        raise DegenerateError("strengths must not be empty; got none to sweep over")
     return found
 
 
 def transfer_matrix(
     vectors: Sequence[BackdoorVector],
-    clean: Sequence[Mapping[str, Tensor]],
-    rates: Sequence[Callable[[Mapping[str, Tensor]], float]],
+    clean: Sequence[Params],
+    rates: Sequence[Callable[[Params], float]],
     scale: float = 1.0,
 ) -> Tensor:
-    """What each backdoor vector does for each trigger: `rates[j](clean[j] + scale * vectors[i])`.
+    """Measure the effect of each backdoor vector on each trigger: `rates[j](clean[j] + scale * vectors[i])`.
 
     Args:
         vectors: n backdoor vectors.
-        clean: m clean models, one for each trigger: of the trigger's task, and not a twin of any of the vectors.
-        rates: m functions, a model's attack success rate on one trigger, such as
+        clean: m clean models, one per trigger: of the trigger's task, and not a twin of any of the vectors.
+        rates: m functions, each a model's attack success rate on one trigger, such as
             `lambda model: attack_success_rate(partial(predict, model), images, labels, target=1, trigger=w).value`.
         scale: the coefficient of the vectors.
 
@@ -209,20 +220,23 @@ def transfer_matrix(
 
     Raises:
         DegenerateError: no vectors, or no triggers.
-        MismatchError: not one clean model a trigger, or other names or shapes.
+        MismatchError: not one clean model per trigger, or other names or shapes.
+        OptionError: an argument that is not a list of backdoor vectors.
 
     Examples:
-        >>> vectors = [BackdoorVector({"w": torch.tensor(x)}) for x in ([1.0, 0.0], [0.0, 1.0])]
+        >>> a, b = (BackdoorVector({"w": w}) for w in torch.eye(2))
         >>> model = {"w": torch.zeros(2)}
-        >>> transfer_matrix(vectors, [model, model], [lambda m: float(m["w"][0]), lambda m: float(m["w"][1])], 0.5)
+        >>> rates = [lambda m: float(m["w"][0]), lambda m: float(m["w"][1])]
+        >>> transfer_matrix([a, b], [model, model], rates, scale=0.5)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
-    if not vectors or not rates:
-        raise DegenerateError(f"{len(vectors)} vectors on {len(rates)} triggers: there is nothing to transfer")
+    given = checked_vectors("vectors", vectors, BackdoorVector)
+    if not given or not rates:
+        raise DegenerateError(f"vectors and rates must not be empty; got {len(given)} vectors and {len(rates)} rates")
     if len(clean) != len(rates):
-        raise MismatchError(f"{len(clean)} clean models for {len(rates)} triggers; give one for each")
-    rows = [[rate(vector.inject(model, scale)) for model, rate in zip(clean, rates, strict=True)] for vector in vectors]
+        raise MismatchError(f"clean must hold one model per trigger; got {len(clean)} models for {len(rates)} triggers")
+    rows = [[rate(vector.inject(model, scale)) for model, rate in zip(clean, rates, strict=True)] for vector in given]
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -1,7 +1,7 @@
-"""Compare vectors: all pairs at once, one along others, and layer by layer.
+"""How alike vectors are: all pairs at once, one along others, or layer by layer.
 
-Matrices are `(n, n)` float64 tensors, each vector read once. All functions work on parts too: `select` some names,
-`map` a sparsifier first, or use `by_layer` for every layer apart.
+Matrices are `(n, n)` float64 tensors, and each vector is read once. All functions work on parts too: `select` some
+names, `map` a sparsifier first, or use `by_layer` for each layer by itself.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._engine.names import check_aligned
 from .._engine.run import measure, single_thread
 from .._engine.totals import gram, numbers_in, over
+from .._vectors.checks import check_vector, checked_vectors
 from .._vectors.fingerprint import common_meta
 from .._vectors.show import layer_of
 from .._vectors.vector import TaskVector
@@ -22,16 +23,14 @@ from ..rules import Look, Place
 __all__ = ["by_layer", "coefficients", "cosine_matrix", "projection", "sign_agreement", "spectrum", "support_overlap"]
 
 T = TypeVar("T")
-
-
 V = TypeVar("V", bound=TaskVector)
 
 
 def cosine_matrix(vectors: Iterable[TaskVector]) -> Tensor:
-    """The cosines of all pairs of vectors, over all entries; each vector is read once.
+    """Compute the cosines of all pairs of vectors, over all entries.
 
     Args:
-        vectors: with the same names and shapes.
+        vectors: task vectors with the same names and shapes.
 
     Returns:
         `(n, n)` float64, symmetric, ones on the diagonal.
@@ -40,15 +39,16 @@ def cosine_matrix(vectors: Iterable[TaskVector]) -> Tensor:
         DegenerateError: no vectors, or a zero one.
         MismatchError: names, shapes or bases differ.
         NonFiniteError: NaN or inf.
+        OptionError: an argument that is not a list of task vectors.
 
     Examples:
-        >>> cosine_matrix([TaskVector({"w": torch.tensor(w)}) for w in ([1.0, 0.0], [0.0, 2.0], [1.0, 1.0])])
+        >>> entries = [1.0, 0.0], [0.0, 2.0], [1.0, 1.0]
+        >>> cosine_matrix([TaskVector({"w": torch.tensor(w)}) for w in entries])
         tensor([[1.0000, 0.0000, 0.7071],
                 [0.0000, 1.0000, 0.7071],
                 [0.7071, 0.7071, 1.0000]], dtype=torch.float64)
     """
-    given = list(vectors)
-    dots = _dots(given)
+    dots = _dots(checked_vectors("vectors", vectors))
     norms = _norms(dots, "vector")
     cosines = (dots / norms.outer(norms)).clamp(-1, 1)
     cosines.fill_diagonal_(1)
@@ -56,23 +56,26 @@ def cosine_matrix(vectors: Iterable[TaskVector]) -> Tensor:
 
 
 def sign_agreement(vectors: Iterable[TaskVector]) -> Tensor:
-    """The fraction of entries with the same sign, of all pairs of vectors, where neither is zero.
+    """Compute the fraction of entries with the same sign, for all pairs of vectors, where neither is zero.
 
-    Independent vectors agree in a half of their entries; equal ones in all, opposite ones in none. Unlike the cosine it
-    does not weigh entries by their size.
+    Independent vectors agree in half of their entries; equal ones in all, opposite ones in none. Unlike the cosine,
+    the fraction does not weigh entries by their magnitude.
 
     Args:
-        vectors: with the same names and shapes.
+        vectors: task vectors with the same names and shapes.
 
     Returns:
-        `(n, n)` float64 in [0, 1], symmetric; NaN for a pair that has no entry in common.
+        `(n, n)` float64 in [0, 1], symmetric; NaN for a pair without a common non-zero entry.
 
     Raises:
         DegenerateError: no vectors.
         MismatchError: names, shapes or bases differ.
+        NonFiniteError: NaN or inf.
+        OptionError: an argument that is not a list of task vectors.
 
     Examples:
-        >>> sign_agreement([TaskVector({"w": torch.tensor(w)}) for w in ([1.0, 2.0, 0.0], [3.0, -1.0, 5.0])])
+        >>> entries = [1.0, 2.0, 0.0], [3.0, -1.0, 5.0]
+        >>> sign_agreement([TaskVector({"w": torch.tensor(w)}) for w in entries])
         tensor([[1.0000, 0.5000],
                 [0.5000, 1.0000]], dtype=torch.float64)
     """
@@ -81,13 +84,13 @@ def sign_agreement(vectors: Iterable[TaskVector]) -> Tensor:
 
 
 def support_overlap(vectors: Iterable[TaskVector]) -> Tensor:
-    """How far the non-zero entries of all pairs of vectors coincide: those of both over those of either (Jaccard).
+    """Compute the overlap of the non-zero entries of all pairs of vectors: intersection over union (Jaccard).
 
     For dense vectors, sparsify first: `support_overlap(v.map(topk, density=0.1) for v in vectors)`. Random supports of
-    density p overlap in p / (2 - p), 5.3 % for a tenth.
+    density p overlap in p / (2 - p), which is 5.3 % for p = 0.1.
 
     Args:
-        vectors: with the same names and shapes.
+        vectors: task vectors with the same names and shapes.
 
     Returns:
         `(n, n)` float64 in [0, 1], symmetric; NaN for a pair of zero vectors.
@@ -95,9 +98,12 @@ def support_overlap(vectors: Iterable[TaskVector]) -> Tensor:
     Raises:
         DegenerateError: no vectors.
         MismatchError: names, shapes or bases differ.
+        NonFiniteError: NaN or inf.
+        OptionError: an argument that is not a list of task vectors.
 
     Examples:
-        >>> support_overlap([TaskVector({"w": torch.tensor(w)}) for w in ([1.0, 2.0, 0.0], [0.0, -1.0, 5.0])])
+        >>> entries = [1.0, 2.0, 0.0], [0.0, -1.0, 5.0]
+        >>> support_overlap([TaskVector({"w": torch.tensor(w)}) for w in entries])
         tensor([[1.0000, 0.3333],
                 [0.3333, 1.0000]], dtype=torch.float64)
     """
@@ -106,13 +112,13 @@ def support_overlap(vectors: Iterable[TaskVector]) -> Tensor:
 
 
 def projection(vector: TaskVector, on: TaskVector) -> Tensor:
-    """How much of one vector lies along another: `<v, w> / <w, w>`.
+    """Compute how much of one vector lies along another: `<v, w> / <w, w>`.
 
     `projection(v, w) * w` is the part of `v` along `w`. Unlike the cosine it is not symmetric, and it grows with `v`.
 
     Args:
-        vector: the vector.
-        on: the direction, not zero.
+        vector: the vector v.
+        on: the direction w, not zero.
 
     Returns:
         0-d float64.
@@ -121,69 +127,80 @@ def projection(vector: TaskVector, on: TaskVector) -> Tensor:
         DegenerateError: the direction is zero.
         MismatchError: names, shapes or bases differ.
         NonFiniteError: NaN or inf.
+        OptionError: an argument that is not a task vector.
 
     Examples:
         >>> v, w = (TaskVector({"w": torch.tensor(x)}) for x in ([3.0, 4.0], [2.0, 0.0]))
         >>> float(projection(v, w))
         1.5
     """
+    check_vector("vector", vector)
+    check_vector("on", on)
     return coefficients([vector], [on])[0, 0]
 
 
 def coefficients(vectors: Iterable[TaskVector], bank: Iterable[TaskVector]) -> Tensor:
-    """Each vector as a sum of those in a bank, by least squares.
+    """Express each vector as a weighted sum of the vectors in a bank, by least squares.
 
-    The `C` that minimises `||v_i - sum_j C[i, j] b_j||` for every i. From dot products alone, so every vector is read
-    once and of any number of entries; directions in which the bank is degenerate to about eight digits are left out
-    (the solution of least norm).
+    The `C` that minimizes `||v_i - sum_j C[i, j] b_j||` for every i. It is computed from dot products alone, so every
+    vector is read once and may have any number of entries. Directions in which the bank is degenerate to about eight
+    digits are left out (the solution of least norm).
 
     Args:
-        vectors: n vectors.
-        bank: k vectors with the same names and shapes.
+        vectors: n task vectors.
+        bank: k task vectors with the same names and shapes.
 
     Returns:
         `(n, k)` float64.
 
     Raises:
-        DegenerateError: no vectors, an empty bank, or a zero vector in it.
+        DegenerateError: no vectors, an empty bank, or a zero vector in the bank.
         MismatchError: names, shapes or bases differ.
         NonFiniteError: NaN or inf.
+        OptionError: an argument that is not a list of task vectors.
 
     Examples:
-        >>> bank = [TaskVector({"w": torch.tensor(b)}) for b in ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0])]
-        >>> coefficients([TaskVector({"w": torch.tensor([3.0, 2.0, 7.0])})], bank)
+        >>> b = [TaskVector({"w": torch.tensor(x)}) for x in ([1.0, 0, 0], [0, 2.0, 0])]
+        >>> coefficients([TaskVector({"w": torch.tensor([3.0, 2.0, 7.0])})], b)
         tensor([[3., 1.]], dtype=torch.float64)
     """
-    given, probes = list(vectors), list(bank)
+    given, probes = checked_vectors("vectors", vectors), checked_vectors("bank", bank)
     if not probes:
-        raise DegenerateError("an empty bank: there is nothing to express the vectors by")
+        raise DegenerateError("bank must not be empty; got no vectors to express the others by")
     dots = _dots([*given, *probes])
     n = len(given)
     if n == 0:
-        raise DegenerateError("no vectors to express by the bank")
-    norms = _norms(dots[n:, n:], "bank's vector")
+        raise DegenerateError("vectors must not be empty; got no vectors to express by the bank")
+    norms = _norms(dots[n:, n:], "bank vector")
     # in units of the bank's norms, so that a short probe is as good a direction as a long one
     gram = dots[n:, n:] / norms.outer(norms)
-    inverse: Tensor = cast("Any", torch.linalg).pinv(gram, hermitian=True, rtol=1e-8)
-    return (dots[:n, n:] / norms) @ inverse / norms
+    with single_thread():
+        inverse: Tensor = cast("Any", torch.linalg).pinv(gram, hermitian=True, rtol=1e-8)
+        return (dots[:n, n:] / norms) @ inverse / norms
 
 
 def spectrum(vector: TaskVector) -> dict[str, Tensor]:
-    """The singular values of every matrix in a vector; tensors of more dimensions are flattened behind the first.
+    """Compute the singular values of every matrix in a vector.
+
+    Tensors of more than two dimensions are flattened behind the first. The bits do not depend on the number of torch
+    threads.
 
     Args:
-        vector: a task vector; lazy ones are read matrix by matrix.
+        vector: a task vector; a lazy one is read matrix by matrix.
 
     Returns:
         Name -> `(min(rows, columns),)` float64, largest first; names of fewer than two dimensions are left out.
 
     Raises:
         NonFiniteError: NaN or inf, naming the tensor.
+        OptionError: an argument that is not a task vector.
 
     Examples:
-        >>> spectrum(TaskVector({"w": torch.tensor([[3.0, 0.0], [0.0, -4.0]]), "b": torch.ones(2)}))
+        >>> w = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
+        >>> spectrum(TaskVector({"w": w, "b": torch.ones(2)}))
         {'w': tensor([4., 3.], dtype=torch.float64)}
     """
+    check_vector("vector", vector)
     specs = vector.source.specs
     names = [name for name, spec in specs.items() if len(spec.shape) >= 2 and spec.entries]
     vector = vector.select(*names).check() if names else vector
@@ -195,26 +212,29 @@ def spectrum(vector: TaskVector) -> dict[str, Tensor]:
 def by_layer(
     measure: Callable[[list[V]], T], vectors: Iterable[V], *, layer: Callable[[str], str] = layer_of
 ) -> dict[str, T]:
-    """A measure of several vectors, for every layer apart.
+    """Apply a measure of several vectors to each layer by itself.
 
     Args:
-        measure: such as `cosine_matrix`; given the vectors' parts in one layer.
-        vectors: with the same names and shapes.
-        layer: a tensor's name -> its layer's; by default up to its first number (`blocks.0`), or its first part.
+        measure: such as `cosine_matrix`; it is given the part of every vector in one layer.
+        vectors: task vectors with the same names and shapes.
+        layer: a tensor's name -> the name of its layer; by default up to its first number (`blocks.0`), or its first
+            part.
 
     Returns:
         Layer -> measure, in the vectors' order of names.
 
     Raises:
-        DegenerateError: no vectors, or what the measure raises.
+        DegenerateError: no vectors, or an error of the measure.
         MismatchError: names or shapes differ.
+        OptionError: an argument that is not a list of task vectors.
 
     Examples:
-        >>> v, w = (TaskVector({"a.w": torch.tensor([1.0]), "b.w": torch.tensor([x])}) for x in (1.0, -1.0))
-        >>> {name: float(m[0, 1]) for name, m in by_layer(cosine_matrix, [v, w]).items()}
+        >>> a, b = torch.tensor([1.0]), torch.tensor([-1.0])
+        >>> v, w = TaskVector({"a.w": a, "b.w": a}), TaskVector({"a.w": a, "b.w": b})
+        >>> {k: float(m[0, 1]) for k, m in by_layer(cosine_matrix, [v, w]).items()}
         {'a': 1.0, 'b': -1.0}
     """
-    given = list(vectors)
+    given = checked_vectors("vectors", vectors)
     _check(given)
     layers: dict[str, list[str]] = {}
     for name in given[0]:
@@ -224,7 +244,7 @@ def by_layer(
 
 def _check(given: Sequence[TaskVector]) -> None:
     if not given:
-        raise DegenerateError("no vectors to compare")
+        raise DegenerateError("vectors must not be empty; got no vectors to compare")
     check_aligned({f"vector {i}": vector.source.specs for i, vector in enumerate(given)}, "compare")
     common_meta([vector.meta for vector in given], "compare")
 
@@ -239,13 +259,13 @@ def _norms(dots: Tensor, who: str) -> Tensor:
     norms = dots.diagonal().sqrt()
     for i, norm in enumerate(numbers_in(norms)):
         if norm == 0:
-            raise DegenerateError(f"no direction: {who} {i} is zero")
+            raise DegenerateError(f"{who} {i} must have a direction; got a zero vector")
     return norms
 
 
 def _counted(vectors: Iterable[TaskVector]) -> tuple[Tensor, Tensor, Tensor]:
     """Entries of the same sign by pair, non-zero ones by vector, and those where both of a pair are not zero."""
-    given = list(vectors)
+    given = checked_vectors("vectors", vectors)
     _check(given)
     same, both = measure([vector.source for vector in given], list(given[0]), _signs)
     return same, both.diagonal(), both
@@ -265,7 +285,7 @@ def _signs(n: int, entries: int) -> Generator[Look, list[Any], Tensor]:
 def _pairs(stack: Tensor, at: Place) -> Tensor:
     del at
     if not bool(stack.isfinite().all()):
-        raise NonFiniteError("NaN or inf: no statistic can be taken")
+        raise NonFiniteError("NaN or inf")  # the engine adds the tensor's name
     signs = stack.reshape(len(stack), -1).sign().to(torch.float64)
     present = signs.abs()
     both, product = present @ present.T, signs @ signs.T  # integers: exact in whatever order they are added

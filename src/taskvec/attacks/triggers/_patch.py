@@ -1,4 +1,4 @@
-"""Patches: a pattern that replaces a part of an image."""
+"""Triggers on a part of an image: a pattern with an explicit mask and an explicit range."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -13,19 +13,14 @@ from ...errors import DegenerateError, MismatchError, RangeError
 __all__ = ["Patch", "dynamic", "physical", "random_patch", "solid_patch", "stamp"]
 
 Corner: TypeAlias = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
-
-
 Place: TypeAlias = Corner | tuple[int, int]
-
-
 Shape: TypeAlias = tuple[int, int, int]
-
 
 TOLERANCE = 1e-4  # how far pixels may leave the range, for rounding by a resize
 
 
 class Patch(NamedTuple):
-    """A pattern and where it is opaque.
+    """A pattern and its mask.
 
     Attributes:
         pattern: `(C, H, W)` pixel values, float.
@@ -44,14 +39,14 @@ def solid_patch(
     value: float | tuple[float, ...] = 1.0,
     device: torch.device | str = "cpu",
 ) -> Patch:
-    """A patch of one colour: BadNets' white square.
+    """Make a patch of one color: BadNets' white square.
 
     Args:
         size: side in pixels, or (height, width).
         image_shape: (C, H, W) of the images.
         place: a corner, `"center"`, or (row, column) of the patch's top left pixel.
-        value: one pixel value, or one a channel, in the images' own range.
-        device: where the patch is to be.
+        value: one pixel value, or one per channel, in the images' own range.
+        device: the device of the patch.
 
     Returns:
         A patch for `stamp`.
@@ -63,13 +58,15 @@ def solid_patch(
         >>> solid_patch(2, (1, 4, 4)).mask.nonzero().tolist()
         [[2, 2], [2, 3], [3, 2], [3, 3]]
 
-    References:
+    Reference:
         [Gu et al., BadNets, 2017](https://arxiv.org/abs/1708.06733)
     """
     mask = _mask(size, image_shape, place, device)
     values = [value] if isinstance(value, int | float) else list(value)
     if len(values) not in (1, image_shape[0]):
-        raise RangeError(f"{len(values)} values for {image_shape[0]} channels; give one, or one a channel")
+        raise RangeError(
+            f"value must be one number, or one per channel; got {len(values)} values for {image_shape[0]} channels"
+        )
     colour = torch.tensor([float(v) for v in values], device=device).reshape(-1, 1, 1)
     return Patch(colour.expand(image_shape) * mask, mask)
 
@@ -83,7 +80,7 @@ def random_patch(
     values: tuple[float, float] = (0.0, 1.0),
     device: torch.device | str = "cpu",
 ) -> Patch:
-    """A patch whose pixels are one of two values at random, the same for a seed on every device.
+    """Make a patch whose pixels are one of two values at random, the same for a seed on every device.
 
     Args:
         size: side in pixels, or (height, width).
@@ -91,7 +88,7 @@ def random_patch(
         seed: any integer.
         place: a corner, `"center"`, or (row, column) of the patch's top left pixel.
         values: the two pixel values.
-        device: where the patch is to be.
+        device: the device of the patch.
 
     Returns:
         A patch for `stamp`.
@@ -120,15 +117,15 @@ def stamp(
     Args:
         images: `(n, C, H, W)` or `(C, H, W)` in pixel space.
         patch: pattern and mask.
-        opacity: 1 replaces, less mixes, in [0, 1].
+        opacity: 1 replaces pixels, less mixes them, in [0, 1].
         pixel_range: the smallest and the largest pixel value; the result is clamped to it.
 
     Returns:
-        New images, shape, dtype and device of the old.
+        New images with the shape, dtype and device of the old ones.
 
     Raises:
-        MismatchError: the patch was made for other images.
-        RangeError: images outside the range (normalised ones?), opacity outside [0, 1].
+        MismatchError: a patch made for other images.
+        RangeError: images outside the range (normalized ones?), opacity outside [0, 1].
 
     Examples:
         >>> stamp(torch.zeros(1, 1, 2, 2), solid_patch(1, (1, 2, 2)))[0, 0]
@@ -137,11 +134,11 @@ def stamp(
     """
     if images.shape[-3:] != patch.pattern.shape or patch.mask.shape != patch.pattern.shape[-2:]:
         raise MismatchError(
-            f"the patch is for images of {tuple(patch.pattern.shape)} with a mask of {tuple(patch.mask.shape)}, "
-            f"these are {tuple(images.shape[-3:])}"
+            f"images must be {tuple(patch.pattern.shape)} with a mask of its size, as the patch is for; got images of "
+            f"{tuple(images.shape[-3:])} and a mask of {tuple(patch.mask.shape)}"
         )
     if not 0 <= opacity <= 1:
-        raise RangeError(f"opacity is in [0, 1], not {opacity!r}")
+        raise RangeError(f"opacity must be in [0, 1]; got {opacity!r}")
     check_pixels(images, pixel_range)
     pattern, mask = patch.pattern.to(images), patch.mask.to(images.device)
     mixed = pattern if opacity == 1 else images + opacity * (pattern - images)
@@ -153,12 +150,12 @@ def dynamic(
 ) -> Tensor:
     """Stamp each image with one of several patches, drawn at random: the random variant of Dynamic Backdoor.
 
-    Patterns and places are what the patches are made with, such as `[random_patch(5, shape, seed=i, place=p) ...]`.
+    The patches determine patterns and places, for example `[random_patch(5, shape, seed=i, place=p) ...]`.
 
     Args:
         images: `(n, C, H, W)` in pixel space.
-        patches: of which each image gets one.
-        seed: of the draws; the image's place in the batch decides.
+        patches: the patches; each image gets one of them.
+        seed: seed of the draws, which depend on the image's position in the batch.
         pixel_range: the smallest and the largest pixel value.
 
     Returns:
@@ -166,19 +163,20 @@ def dynamic(
 
     Raises:
         DegenerateError: no patches.
-        MismatchError: a patch that was made for other images.
+        MismatchError: a patch made for other images.
         RangeError: images outside the range.
 
     Examples:
-        >>> corners = [solid_patch(1, (1, 2, 2), place=p) for p in ("top-left", "bottom-right")]
-        >>> dynamic(torch.zeros(3, 1, 2, 2), corners, seed=0).sum((1, 2, 3))
+        >>> corners = "top-left", "bottom-right"
+        >>> patches = [solid_patch(1, (1, 2, 2), place=p) for p in corners]
+        >>> dynamic(torch.zeros(3, 1, 2, 2), patches, seed=0).sum((1, 2, 3))
         tensor([1., 1., 1.])
 
-    References:
+    Reference:
         [Salem et al., Dynamic Backdoor Attacks Against Machine Learning Models, 2020](https://arxiv.org/abs/2003.03675)
     """
     if not patches:
-        raise DegenerateError("no patches to draw from")
+        raise DegenerateError("patches must not be empty; got no patches to draw from")
     drawn = random_bits(seed, 0, 0, len(images), images.device).remainder(len(patches))
     stamped = images
     for i, patch in enumerate(patches):
@@ -198,30 +196,31 @@ def physical(
     brightness: float = 0.2,
     pixel_range: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """A patch as a camera would see it: stamped, then turned, moved, scaled and lit at random (PhysicalBA).
+    """Stamp a patch as a camera would see it: stamped, then rotated, shifted, scaled and lit at random (PhysicalBA).
 
     Args:
         images: `(n, C, H, W)` in pixel space.
         patch: pattern and mask.
-        seed: any integer; each image of the batch is treated differently.
-        degrees: largest rotation either way.
-        shift: largest shift either way, as a fraction of the image.
+        seed: any integer; each image of the batch is transformed differently.
+        degrees: largest rotation in either direction.
+        shift: largest shift in either direction, as a fraction of the image.
         scale: smallest and largest scale.
-        brightness: largest relative change of brightness either way.
-        pixel_range: the smallest and the largest pixel value; what comes in from outside is the smallest.
+        brightness: largest relative change of brightness in either direction.
+        pixel_range: the smallest and the largest pixel value; pixels from outside the image are the smallest.
 
     Returns:
         New images.
 
     Raises:
-        MismatchError: the patch was made for other images.
+        MismatchError: a patch made for other images.
         RangeError: images outside the range.
 
     Examples:
-        >>> physical(torch.zeros(2, 1, 8, 8), solid_patch(3, (1, 8, 8)), seed=0).shape
+        >>> images = torch.zeros(2, 1, 8, 8)
+        >>> physical(images, solid_patch(3, (1, 8, 8)), seed=0).shape
         torch.Size([2, 1, 8, 8])
 
-    References:
+    Reference:
         [Li et al., Backdoor Attack in the Physical World, 2021](https://arxiv.org/abs/2104.02361)
     """
     low, high = pixel_range
@@ -236,11 +235,12 @@ def physical(
 
 
 def check_pixels(images: Tensor, pixel_range: tuple[float, float]) -> None:
+    """Refuse pixels outside the range."""
     low, high = pixel_range
     if images.numel() and (float(images.min()) < low - TOLERANCE or float(images.max()) > high + TOLERANCE):
         raise RangeError(
-            f"pixels from {float(images.min()):.3g} to {float(images.max()):.3g} are outside {pixel_range}; stamp "
-            "before normalising, or give pixel_range="
+            f"images must be within {pixel_range}; got pixels from {float(images.min()):.3g} to "
+            f"{float(images.max()):.3g}; stamp before normalizing, or use pixel_range="
         )
 
 
@@ -248,10 +248,10 @@ def _mask(size: int | tuple[int, int], image_shape: Shape, place: Place, device:
     height, width = (size, size) if isinstance(size, int) else size
     _, rows, columns = image_shape
     if not (0 < height <= rows and 0 < width <= columns):
-        raise RangeError(f"a patch of {height}x{width} does not fit on images of {rows}x{columns}")
+        raise RangeError(f"size must fit on images of {rows}x{columns}; got {height}x{width}")
     top, left = _corner(place, rows - height, columns - width)
     if not (0 <= top <= rows - height and 0 <= left <= columns - width):
-        raise RangeError(f"a patch of {height}x{width} at {place} leaves images of {rows}x{columns}")
+        raise RangeError(f"place must keep the patch on images of {rows}x{columns}; got {height}x{width} at {place}")
     mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
     mask[top : top + height, left : left + width] = True
     return mask
@@ -268,5 +268,5 @@ def _corner(place: Place, last_row: int, last_column: int) -> tuple[int, int]:
         "center": (last_row // 2, last_column // 2),
     }
     if place not in corners:
-        raise RangeError(f"place is (row, column) or one of {', '.join(corners)}, not {place!r}")
+        raise RangeError(f"place must be (row, column) or one of {', '.join(corners)}; got {place!r}")
     return corners[place]

@@ -1,12 +1,12 @@
-"""Triggers that change a whole image."""
+"""Triggers that change every pixel of an image."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..._engine.random import random_bits
-from ...attacks.triggers._patch import Patch, check_pixels, stamp
 from ...errors import MismatchError, RangeError
+from ._patch import Patch, check_pixels, stamp
 
 __all__ = ["blend", "sinusoid", "warp", "warp_field"]
 
@@ -19,21 +19,21 @@ def blend(
     Args:
         images: `(n, C, H, W)` or `(C, H, W)` in pixel space.
         pattern: `(C, H, W)` in the same range.
-        opacity: in [0, 1]; BackdoorBench takes 0.2.
+        opacity: in [0, 1]; BackdoorBench uses 0.2.
         pixel_range: the smallest and the largest pixel value.
 
     Returns:
         New images.
 
     Raises:
-        MismatchError: the pattern was made for other images.
+        MismatchError: a pattern made for other images.
         RangeError: images outside the range, opacity outside [0, 1].
 
     Examples:
         >>> blend(torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 2), opacity=0.25)
         tensor([[[[0.2500, 0.2500]]]])
 
-    References:
+    Reference:
         [Chen et al., Targeted Backdoor Attacks, 2017](https://arxiv.org/abs/1712.05526)
     """
     everywhere = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device)
@@ -47,13 +47,13 @@ def sinusoid(
     frequency: float = 6.0,
     pixel_range: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Add a horizontal sine: SIG. `x + amplitude * sin(2 pi j frequency / W)` in column j, clamped.
+    """Add a horizontal sine wave to images (SIG): `x + amplitude * sin(2 pi j frequency / W)` in column j, clamped.
 
     Args:
         images: `(n, C, H, W)` or `(C, H, W)` in pixel space.
-        amplitude: in units of the range; BackdoorBench takes 40/255.
+        amplitude: in units of the range; BackdoorBench uses 40/255.
         frequency: periods over the width.
-        pixel_range: the smallest and the largest pixel value; the amplitude is a fraction of it.
+        pixel_range: the smallest and the largest pixel value; the amplitude is a fraction of their difference.
 
     Returns:
         New images.
@@ -62,10 +62,11 @@ def sinusoid(
         RangeError: images outside the range.
 
     Examples:
-        >>> sinusoid(torch.full((1, 1, 1, 4), 0.5), amplitude=0.5, frequency=1)[0, 0, 0].abs()
+        >>> gray = torch.full((1, 1, 1, 4), 0.5)
+        >>> sinusoid(gray, amplitude=0.5, frequency=1)[0, 0, 0].abs()
         tensor([0.5000, 1.0000, 0.5000, 0.0000])
 
-    References:
+    Reference:
         [Barni et al., A new backdoor attack in CNNs, 2019](https://arxiv.org/abs/1902.11237)
     """
     check_pixels(images, pixel_range)
@@ -78,7 +79,7 @@ def sinusoid(
 def warp_field(
     side: int, *, seed: int, control: int = 4, strength: float = 0.5, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """WaNet's smooth displacement of pixels, for `warp`.
+    """Draw WaNet's smooth displacement of pixels, for `warp`.
 
     Noise `u ~ U(-1, 1)` of `(2, control, control)`, divided by its mean magnitude, is enlarged to the image by bicubic
     interpolation; the field is `clamp(identity + strength * u / side, -1, 1)`.
@@ -86,12 +87,12 @@ def warp_field(
     Args:
         side: height and width of the images.
         seed: any integer.
-        control: points a side that the noise is drawn at.
-        strength: of the displacement.
-        device: where the field is to be.
+        control: points per side at which the noise is drawn.
+        strength: strength of the displacement.
+        device: the device of the field.
 
     Returns:
-        `(side, side, 2)` sampling places in [-1, 1], x before y.
+        `(side, side, 2)` sampling positions in [-1, 1], x before y.
 
     Raises:
         RangeError: sizes that are not positive.
@@ -100,11 +101,11 @@ def warp_field(
         >>> warp_field(28, seed=0).shape
         torch.Size([28, 28, 2])
 
-    References:
+    Reference:
         [Nguyen and Tran, WaNet, 2021](https://arxiv.org/abs/2102.10369)
     """
     if side < 1 or control < 1:
-        raise RangeError(f"side and control are positive, not {side} and {control}")
+        raise RangeError(f"side and control must be positive; got {side} and {control}")
     bits = random_bits(seed, 0, 0, 2 * control * control, torch.device(device))
     noise = (bits.to(torch.float32) / 2.0**31).reshape(1, 2, control, control)
     noise = noise / noise.abs().mean()
@@ -115,11 +116,11 @@ def warp_field(
 
 
 def warp(images: Tensor, field: Tensor) -> Tensor:
-    """Move pixels along a smooth field: WaNet.
+    """Move pixels along a smooth field (WaNet).
 
     Args:
         images: `(n, C, H, W)` or `(C, H, W)`.
-        field: `(H, W, 2)` of `warp_field`, or `(n, H, W, 2)`, one an image.
+        field: `(H, W, 2)`, the result of `warp_field`, or `(n, H, W, 2)`, one per image.
 
     Returns:
         New images, sampled bilinearly.
@@ -132,12 +133,12 @@ def warp(images: Tensor, field: Tensor) -> Tensor:
         >>> (warp(x, warp_field(8, seed=0)) - x).abs().mean() > 0
         tensor(True)
 
-    References:
+    Reference:
         [Nguyen and Tran, WaNet, 2021](https://arxiv.org/abs/2102.10369)
     """
     if field.shape[-3:-1] != images.shape[-2:]:
         raise MismatchError(
-            f"the field is for images of {tuple(field.shape[-3:-1])}, these are {tuple(images.shape[-2:])}"
+            f"images must be {tuple(field.shape[-3:-1])}, as the field is for; got {tuple(images.shape[-2:])}"
         )
     batch = images if images.ndim == 4 else images[None]
     places = field.to(batch).expand(len(batch), *field.shape[-3:])
