@@ -27,6 +27,7 @@ from taskvec.errors import (
     FormatError,
     LocationError,
     MissingError,
+    OptionError,
     RangeError,
     RuleError,
 )
@@ -289,9 +290,9 @@ def test_nothing_there_is_said_with_both_readings(tmp_path):
         load("org/name")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nothing")
-    with pytest.raises(DtypeError, match="got int"):
+    with pytest.raises(OptionError, match="got int"):
         load(3)  # type: ignore[arg-type]
-    with pytest.raises(DtypeError, match="'a' is int"):
+    with pytest.raises(OptionError, match="'a' is int"):
         load({"a": 3})  # type: ignore[dict-item]
 
 

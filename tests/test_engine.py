@@ -496,7 +496,7 @@ def test_inputs_that_do_not_match_are_an_error_before_any_rule_is_called():
 
 
 def test_vectors_and_plain_weights_do_not_mix():
-    with pytest.raises(DtypeError, match=r"TaskVector\.between"):
+    with pytest.raises(OptionError, match=r"TaskVector\.between"):
         merge([TaskVector(tensors(0)), tensors(1)], mean)
 
 

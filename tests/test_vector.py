@@ -118,7 +118,7 @@ def test_models_that_share_storage_are_refused_and_load_copies():
 
 
 def test_a_module_is_refused_with_what_to_do():
-    with pytest.raises(DtypeError, match=r"load\(module\)"):
+    with pytest.raises(OptionError, match=r"load\(module\)"):
         TaskVector.between(nn.Linear(1, 1), nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
@@ -417,7 +417,7 @@ def test_merging_weights_keeps_what_is_not_weights_and_refuses_mixtures():
     assert merged["scale"].dtype == torch.bfloat16
     with pytest.raises(MismatchError, match="'norm.num_batches_tracked' is torch.int64"):
         merge([model(0), model(1)], mean)
-    with pytest.raises(DtypeError, match="task vectors with plain weights"):
+    with pytest.raises(OptionError, match="task vectors with plain weights"):
         merge([vector(), model(0)], mean)  # type: ignore[list-item]
     with pytest.raises(DegenerateError, match="nothing to merge"):
         merge([], mean)
@@ -504,15 +504,23 @@ MODEL = {"w": torch.zeros(2, 2)}
     [
         (
             lambda: TaskVector.between("a", "b"),
-            DtypeError,
+            OptionError,
             r"base must be a mapping of tensors; got the text 'a'; use load\(",
         ),
-        (lambda: VECTOR.apply("x.safetensors"), DtypeError, r"the base must be .* use load\('x.safetensors'\)"),
-        (lambda: TaskVector.between(MODEL, VECTOR), DtypeError, "tuned must be a model; got a TaskVector"),
-        (lambda: TaskVector.between(VECTOR, MODEL), DtypeError, "base must be a model; got a TaskVector"),
-        (lambda: VECTOR.apply(VECTOR), DtypeError, "the base must be a model; got a TaskVector"),
-        (lambda: merge(VECTOR, ties), DtypeError, r"inputs must be a list .* got one TaskVector; use \[vector\]"),
-        (lambda: merge({"a": VECTOR}, ties), DtypeError, r"got one dict; use list\(inputs.values\(\)\)"),
+        (lambda: VECTOR.apply("x.safetensors"), OptionError, r"the base must be .* use load\('x.safetensors'\)"),
+        (
+            lambda: TaskVector.between(MODEL, VECTOR),
+            OptionError,
+            r"tuned must be a model's weights; got a TaskVector; use vector.apply\(base\)",
+        ),
+        (
+            lambda: TaskVector.between(VECTOR, MODEL),
+            OptionError,
+            "base must be a model's weights; got a TaskVector; use ",
+        ),
+        (lambda: VECTOR.apply(VECTOR), OptionError, "the base must be a model's weights; got a TaskVector; use "),
+        (lambda: merge(VECTOR, ties), OptionError, r"inputs must be a list .* got one TaskVector; use \[vector\]"),
+        (lambda: merge({"a": VECTOR}, ties), OptionError, r"got one dict; use list\(inputs.values\(\)\)"),
         (lambda: merge([VECTOR], "ties"), OptionError, r"merge\(\) must be given a function; got 'ties'; import it"),
         (lambda: merge([VECTOR], topk, density=0.5), OptionError, r"got topk; use it in vector.map"),
         (
@@ -521,16 +529,16 @@ MODEL = {"w": torch.zeros(2, 2)}
             r"map\(\) must be given a function of one tensor; got ties; use it in merge",
         ),
         (lambda: VECTOR.map(presets.ties_peft), OptionError, "one tensor"),
-        (lambda: VECTOR.cosine({"w": torch.ones(2, 2)}), DtypeError, "other must be a TaskVector; got dict"),
-        (lambda: VECTOR.dot(MODEL), DtypeError, "other must be a TaskVector"),
-        (lambda: VECTOR.allclose(MODEL), DtypeError, "other must be a TaskVector"),
+        (lambda: VECTOR.cosine({"w": torch.ones(2, 2)}), OptionError, "other must be a TaskVector; got a dict"),
+        (lambda: VECTOR.dot(MODEL), OptionError, "other must be a TaskVector"),
+        (lambda: VECTOR.allclose(MODEL), OptionError, "other must be a TaskVector"),
         (
             lambda: TaskVector(nn.Linear(1, 1)),
-            DtypeError,
+            OptionError,
             r"tensors must be .* got a module \(Linear\); use load\(module\)",
         ),
-        (lambda: TaskVector({"w": 3}), DtypeError, "got int under 'w'"),
-        (lambda: merge([MODEL, "b"], mean), DtypeError, "input 1 must be a mapping of tensors; got the text 'b'"),
+        (lambda: TaskVector({"w": 3}), OptionError, "got int under 'w'"),
+        (lambda: merge([MODEL, "b"], mean), OptionError, "input 1 must be a mapping of tensors; got the text 'b'"),
         (
             lambda: VECTOR.apply(MODEL, {"v*": 2.0, "*": 1.0}),
             MissingError,

@@ -3,7 +3,7 @@
 TaskvecError
 ├── MismatchError    ValueError      names, shapes or bases differ
 ├── MissingError     KeyError        a name that is not there, a pattern that matches nothing
-├── OptionError      TypeError       an option that does not exist or cannot vary here; a model in the wrong mode
+├── OptionError      TypeError       an option that does not exist or cannot vary here; an argument of the wrong kind
 ├── RangeError       ValueError      an option outside its range
 ├── DtypeError       TypeError       a dtype this library does not do arithmetic on
 ├── NonFiniteError   ValueError      NaN or inf where a statistic is taken
@@ -48,7 +48,7 @@ class MissingError(TaskvecError, KeyError):
 
 
 class OptionError(TaskvecError, TypeError):
-    """An option that does not exist, or that cannot take such a value."""
+    """An option that does not exist or cannot take such a value, or an argument of the wrong kind."""
 
 
 class RangeError(TaskvecError, ValueError):

@@ -8,8 +8,7 @@ and several processes may work in the same folder.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -38,19 +37,6 @@ def values(kind: str, settings: Settings, make: Callable[[], Json]) -> Json:
     if not path.exists():
         write(path, json.dumps({"settings": settings, "made": make()}).encode())
     return json.loads(path.read_bytes())["made"]
-
-
-@contextmanager
-def memory(kind: str, settings: Settings) -> Iterator[dict[str, Tensor]]:
-    """A dict that outlives the run: filled from the last one, and saved at the end, an interrupted one included."""
-    path = _path(kind, settings, "safetensors")
-    held = load_file(path) if path.exists() else {}
-    before = len(held)
-    try:
-        yield held
-    finally:
-        if len(held) != before:
-            write(path, save(held))
 
 
 def known(kind: str, settings: Settings) -> bool:

@@ -10,7 +10,6 @@ mpl.use("agg")  # files only, no window
 
 import matplotlib.pyplot as plt
 
-Points = Mapping[str, Mapping[str, float]]  # strength -> accuracy and ASR
 COLOURS = {
     "IBVS": "tab:blue",
     "WAG": "tab:green",

@@ -238,13 +238,13 @@ def _looks(run: Run, stack: Stack, names: Sequence[str], look: Look) -> Iterator
     for name in names:
         spec = stack.specs[name]
         size = piece_size(spec, look.pieces, stack.device(name))
+        grain = max([1, *(source.grain(own) for source, own in stack.parts(name))])
         if look.sample:
-            row = spec.row if look.pieces == "row" else max([1, *(s.grain(own) for s, own in stack.parts(name))])
+            row = spec.row if look.pieces == "row" else grain
             if runs := sampled(spec.entries, row, before, stride):
                 yield _task(_look, run, stack, name, runs, look)
             before += spec.entries
         else:
-            grain = max([1, *(source.grain(own) for source, own in stack.parts(name))])
             for span in spans(0, spec.entries, chunk_size(max(1, grain // size) * size)):
                 yield _task(_look, run, stack, name, [span], look)
 

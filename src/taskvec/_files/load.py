@@ -12,7 +12,7 @@ from .._engine.run import Lazy
 from .._vectors.backdoor import BackdoorVector
 from .._vectors.model import tied_names
 from .._vectors.vector import TaskVector
-from ..errors import DtypeError, FormatError, LocationError
+from ..errors import FormatError, LocationError, OptionError
 from .format import RECORD
 from .pickles import SUFFIXES, open_pickle
 from .safetensors import open_file, open_folder
@@ -41,7 +41,7 @@ def load(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> M
     Raises:
         LocationError: nothing is there, or a shard is missing.
         FormatError: damaged, a header that lies, a pickle with code in it, an index that points out of its folder.
-        DtypeError: something that is not a checkpoint.
+        OptionError: something that is not a checkpoint.
 
     Examples:
         >>> sorted(load(nn.Linear(2, 1)))
@@ -52,7 +52,7 @@ def load(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> M
     if isinstance(source, Mapping):
         return _copied(source)
     if not isinstance(source, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise DtypeError(f"load() must be given a module, a state dict or a path; got {type(source).__name__}")
+        raise OptionError(f"load() must be given a module, a state dict or a path; got {type(source).__name__}")
     path = Path(source)
     if path.is_dir():
         return _revived(open_folder(path))
@@ -68,7 +68,7 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies: dict[int, Tensor] = {}  # tied weights stay tied
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise DtypeError(f"{name!r} is {type(tensor).__name__}, not a tensor; is this a state dict?")
+            raise OptionError(f"{name!r} is {type(tensor).__name__}, not a tensor; is this a state dict?")
     ties = tied_names(dict(state))
     for name, tensor in state.items():
         if name not in ties:

@@ -10,10 +10,10 @@ from .._engine.marks import Rule, check_kind_of_rule
 from .._engine.names import check_aligned
 from .._engine.run import mapping_of
 from .._engine.sources import elementwise, joined, renamed
-from ..errors import DegenerateError, DtypeError, MismatchError
+from ..errors import DegenerateError, MismatchError, OptionError
 from .arithmetic import copied
 from .fingerprint import common_meta
-from .model import Model, Params, as_model, check_kind, check_mapping
+from .model import Model, Params, as_model, check_kind
 from .vector import TaskVector, common_type
 
 __all__ = ["merge"]
@@ -64,7 +64,7 @@ def merge(
     if isinstance(inputs, Mapping):
         hint = "use [vector]" if isinstance(inputs, TaskVector) else "use list(inputs.values())"
         kind = type(cast("object", inputs)).__name__
-        raise DtypeError(f"inputs must be a list of vectors or models; got one {kind}; {hint}")
+        raise OptionError(f"inputs must be a list of vectors or models; got one {kind}; {hint}")
     check_kind_of_rule(rule, "merge")
     given = list(inputs)
     if not given:
@@ -72,7 +72,7 @@ def merge(
     place = None if device is None else torch.device(device)
     vectors = [x for x in given if isinstance(x, TaskVector)]
     if vectors and len(vectors) < len(given):
-        raise DtypeError("cannot merge task vectors with plain weights; take differences with TaskVector.between first")
+        raise OptionError("cannot merge task vectors with plain weights; take TaskVector.between(base, model) first")
     if vectors:
         sources = [vector.source for vector in vectors]
         check_aligned({f"vector {i}": source.specs for i, source in enumerate(sources)}, "merge")
@@ -82,8 +82,6 @@ def merge(
 
 
 def _merge_weights(given: list[Params], rule: Rule, options: Mapping[str, Any], device: torch.device | None) -> Params:
-    for i, model in enumerate(given):
-        check_mapping(f"input {i}", model)
     models = [as_model(f"input {i}", model) for i, model in enumerate(given)]
     check_aligned({f"model {i}": model.specs for i, model in enumerate(models)}, "merge")
     first = models[0].source

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._engine.names import Patterns, as_patterns, listed, matching, unmatched
 from .._engine.run import Lazy, mapping_of, source_of
 from .._engine.sources import Memory, Source, Spec, renamed
-from ..errors import AliasError, DtypeError, MismatchError, MissingError
+from ..errors import AliasError, DtypeError, MismatchError, MissingError, OptionError
 
 Params: TypeAlias = Mapping[str, Tensor]
 """A model's parameters: a `state_dict()`, a checkpoint on disk, a task vector."""
@@ -50,7 +50,7 @@ def as_model(label: str, model: Params) -> Model:
     """A model as it is worked with; anything else is refused, saying what to do.
 
     Raises:
-        DtypeError: a module, a path, or no mapping at all.
+        OptionError: a module, a path, or no mapping at all.
     """
     check_mapping(label, model)
     return Model(source_of(model), tied_names(model))
@@ -60,24 +60,24 @@ def check_mapping(label: str, model: object) -> None:
     """Refuse what is no mapping of names to tensors.
 
     Raises:
-        DtypeError: naming what came and what to use.
+        OptionError: naming what came and what to use.
     """
     if isinstance(model, nn.Module):
-        raise DtypeError(
+        raise OptionError(
             f"{label} must be a mapping of tensors; got a module ({type(model).__name__}); use load(module)"
         )
     if isinstance(model, str | PathLike):
-        raise DtypeError(
+        raise OptionError(
             f"{label} must be a mapping of tensors; got the text {fspath(model)!r}; use load({fspath(model)!r})"
         )
     if not isinstance(model, Mapping):
-        raise DtypeError(
+        raise OptionError(
             f"{label} must be a mapping of tensors; got {type(model).__name__}; use a state dict, or load()"
         )
     if isinstance(model, dict):
         for name, tensor in model.items():  # pyright: ignore[reportUnknownVariableType]
             if not isinstance(tensor, Tensor):
-                raise DtypeError(f"{label} must be a mapping of tensors; got {type(tensor).__name__} under {name!r}")  # pyright: ignore[reportUnknownArgumentType]
+                raise OptionError(f"{label} must be a mapping of tensors; got {type(tensor).__name__} under {name!r}")  # pyright: ignore[reportUnknownArgumentType]
 
 
 def tied_names(mapping: Params) -> dict[str, str]:

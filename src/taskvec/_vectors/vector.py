@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from .._engine.lift import lift
@@ -16,7 +17,7 @@ from .._engine.names import Patterns, check_aligned, listed, matching
 from .._engine.run import Lazy, mapping_of, measure, source_of
 from .._engine.sources import Derived, Memory, Source, Spec, elementwise, joined, renamed
 from .._engine.totals import gram
-from ..errors import DegenerateError, DtypeError, MismatchError, MissingError, NonFiniteError
+from ..errors import DegenerateError, DtypeError, MismatchError, MissingError, NonFiniteError, OptionError
 from .arithmetic import (
     Applied,
     Scale,
@@ -356,7 +357,7 @@ class TaskVector(Mapping[str, Tensor]):
         Raises:
             MismatchError: names or shapes differ.
         """
-        _check_vector("other", other)
+        check_vector("other", other)
         check_aligned({"the left": self._source.specs, "the right": other.source.specs}, "compare")
         return not measure([self._source, other.source], list(self), far, rtol, atol)
 
@@ -480,10 +481,18 @@ def rounding_loss(vector: TaskVector, base: Mapping[str, Tensor], scale: float =
     return 1 - changed / asked if asked else 0.0
 
 
-def _as_weights(label: str, model: Mapping[str, Tensor]) -> Model:
-    """A model, and no vector."""
+def check_weights(label: str, model: object) -> None:
+    """Refuse what is not a mapping of weights, a task vector included: it is a difference of two."""
     if isinstance(model, TaskVector):
-        raise DtypeError(f"{label} must be a model; got a {type(model).__name__}; add vectors with +, or apply() it")
+        got = type(model).__name__
+        raise OptionError(
+            f"{label} must be a model's weights; got a {got}; use vector.apply(base), or + for two vectors"
+        )
+    check_mapping(label, model)
+
+
+def _as_weights(label: str, model: Mapping[str, Tensor]) -> Model:
+    check_weights(label, model)
     return as_model(label, model)
 
 
@@ -519,12 +528,21 @@ def common_type(vectors: Sequence[TaskVector]) -> type[TaskVector]:
     return kinds.pop() if len(kinds) == 1 else TaskVector
 
 
-def _check_vector(label: str, value: object) -> None:
-    if not isinstance(value, TaskVector):
-        raise DtypeError(f"{label} must be a TaskVector; got {type(value).__name__}; use TaskVector(...) or between()")
+def check_vector(label: str, given: object, kind: type[TaskVector] = TaskVector) -> None:
+    """Refuse what is not a task vector, saying how to make one."""
+    if isinstance(given, kind):
+        return
+    got = f"the text {given!r}" if isinstance(given, str) else f"a {type(given).__name__}"
+    if isinstance(given, TaskVector):
+        way = f"{kind.__name__}(vector)"
+    elif isinstance(given, nn.Module | str | PathLike):
+        way = "load(...), and TaskVector.between(base, tuned)"
+    else:
+        way = f"{kind.__name__}.between(base, tuned), or {kind.__name__}(differences)"
+    raise OptionError(f"{label} must be a {kind.__name__}; got {got}; use {way}")
 
 
 def _check_pair(doing: str, left: TaskVector, right: TaskVector) -> dict[str, str]:
-    _check_vector("other", right)
+    check_vector("other", right)
     check_aligned({"the left": left.source.specs, "the right": right.source.specs}, doing)
     return common_meta([left.meta, right.meta], doing)
