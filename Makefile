@@ -103,6 +103,10 @@ dist: $(VENV)/.extra-dev ## wheel and sdist, and what is in them
 	cd build/sdist && ../../$(PY) -m pytest --quiet -m 'not slow' -x -p no:cacheprovider
 	rm -rf build/sdist
 
+.PHONY: mutants
+mutants: $(VENV)/.extra-mutants ## change the library in one place at a time; does a test notice? (an hour)
+	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
+
 .PHONY: format clean
 format: $(VENV)/.extra-dev ## format, and mend what can be mended
 	$(BIN)/ruff format
