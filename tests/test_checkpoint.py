@@ -271,6 +271,26 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_a_pickle_that_holds_a_state_dict_under_a_name_is_opened(tmp_path, key):
+    torch.save({key: state(), "epoch": 3}, tmp_path / "m.pt")
+    assert same(load(tmp_path / "m.pt"), state())
+
+
+def test_a_folder_with_one_pickle_is_opened_and_one_with_several_is_refused(tmp_path):
+    torch.save(state(), tmp_path / "pytorch_model.bin")
+    assert same(load(tmp_path), state())
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(FormatError, match="a pickle in several parts"):
+        load(tmp_path)
+
+
+def test_a_part_of_a_distributed_checkpoint_is_refused(tmp_path):
+    save(state(), tmp_path / "m.safetensors", metadata={"DCP_SHARDING_INFO": "{}"})
+    with pytest.raises(FormatError, match="consolidate_safetensors_files"):
+        load(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("content", [{"w": 3}, [torch.ones(1)], {"state_dict": [1]}, 7])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "odd.pt")
@@ -286,8 +306,8 @@ def test_a_truncated_pickle_is_refused(tmp_path):
 
 
 def test_nothing_there_is_said_with_both_readings(tmp_path):
-    with pytest.raises(LocationError, match="neither a file nor a folder here; names of models on the Hub"):
-        load("org/name")
+    with pytest.raises(LocationError, match="neither a file nor a folder here, nor can it be a name on the Hub"):
+        load("name.safetensors")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nothing")
     with pytest.raises(OptionError, match="got int"):

@@ -20,6 +20,7 @@ from . import signs as signs
 from . import sparsify as sparsify
 from ._files.load import load as load
 from ._files.save import save as save
+from ._files.save_adapter import save_adapter as save_adapter
 from ._vectors.backdoor import BackdoorVector as BackdoorVector
 from ._vectors.merge import merge as merge
 from ._vectors.model import rename as rename
@@ -45,6 +46,7 @@ __all__ = [
     "rounding_loss",
     "rules",
     "save",
+    "save_adapter",
     "select",
     "signs",
     "sparsify",

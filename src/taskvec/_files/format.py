@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 RECORD = "taskvec"  # the metadata key under which a vector keeps its type and its `meta`
+ORIGIN = "hub"  # the metadata key under which a model from the Hub keeps its name and commit
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {

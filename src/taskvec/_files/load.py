@@ -13,7 +13,9 @@ from .._vectors.backdoor import BackdoorVector
 from .._vectors.model import tied_names
 from .._vectors.vector import TaskVector
 from ..errors import FormatError, LocationError, OptionError
+from .adapters import CONFIG, load_adapter
 from .format import RECORD
+from .hub import is_hub_name, open_hub
 from .pickles import SUFFIXES, open_pickle
 from .safetensors import open_file, open_folder
 
@@ -22,7 +24,9 @@ __all__ = ["load"]
 KINDS: dict[str, type[TaskVector]] = {"TaskVector": TaskVector, "BackdoorVector": BackdoorVector}
 
 
-def load(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[str, Tensor]:
+def load(
+    source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str], *, base: Mapping[str, Tensor] | None = None
+) -> Mapping[str, Tensor]:
     """Parameters from a module, a state dict or a checkpoint on disk.
 
     Args:
@@ -32,7 +36,12 @@ def load(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> M
             - a `.safetensors` file;
             - a folder with one such file, or with shards and their index (`*.safetensors.index.json`);
             - a torch pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) of a state dict, or of a mapping that holds one under
-              `"state_dict"` (Lightning), opened with `weights_only=True`.
+              `"state_dict"` or `"model"`, opened with `weights_only=True`; or a folder with a `pytorch_model.bin`;
+            - a folder with a LoRA adapter of PEFT: a lazy `TaskVector` with the names of the base's weights;
+            - a name on the Hugging Face Hub, `org/name[@revision]`, an `hf://` name or a web address of one: headers
+              are fetched now, a file's weights when one of its tensors is first read. What exists here as a path is
+              a path.
+        base: of an adapter, the model it was trained on: needed where the adapter holds whole modules, and checked.
 
     Returns:
         A dict of copies, or a lazy mapping: opening reads headers only. A saved `TaskVector` or `BackdoorVector` comes
@@ -53,15 +62,39 @@ def load(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> M
         return _copied(source)
     if not isinstance(source, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"load() must be given a module, a state dict or a path; got {type(source).__name__}")
-    path = Path(source)
+    text, path = os.fspath(source), Path(source)
+    found = _opened(text, path, base)
+    if isinstance(found, TaskVector):
+        return found
+    if base is not None:
+        raise OptionError(f"base must be given with an adapter only; {text!r} holds none")
+    return _revived(found)
+
+
+def _opened(text: str, path: Path, base: Mapping[str, Tensor] | None) -> Lazy | TaskVector:
+    if (path / CONFIG).exists():
+        return load_adapter(path, base)
     if path.is_dir():
-        return _revived(open_folder(path))
-    if not path.exists():
-        raise LocationError(
-            f"{os.fspath(source)!r} is neither a file nor a folder here; names of models on the Hub are not supported "
-            "yet: download one first (huggingface_hub.snapshot_download) and give the folder"
-        )
-    return _revived(open_pickle(path) if path.suffix in SUFFIXES else open_file(path))
+        return _folder(path)
+    if path.exists():
+        return open_pickle(path) if path.suffix in SUFFIXES else open_file(path)
+    if is_hub_name(text):
+        return open_hub(text, base)
+    raise LocationError(
+        f"{text!r} is neither a file nor a folder here, nor can it be a name on the Hub (org/name[@revision])"
+    )
+
+
+def _folder(path: Path) -> Lazy:
+    """A folder of safetensors, or with one torch pickle as transformers wrote them."""
+    if any(path.glob("*.safetensors")) or not any(path.glob("pytorch_model*.bin")):
+        return open_folder(path)
+    if (path / "pytorch_model.bin").exists():
+        return open_pickle(path / "pytorch_model.bin")
+    raise FormatError(
+        f"{os.fspath(path)!r} holds a pickle in several parts, which is not supported; open it with transformers and "
+        "save it again (save_pretrained writes safetensors)"
+    )
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ class Pickled(Source):
 
 
 def open_pickle(path: Path) -> Lazy:
-    """A pickle of a state dict, or of a mapping that holds one under `"state_dict"`, lazy.
+    """A pickle of a state dict, or of a mapping that holds one under `"state_dict"` or `"model"`, lazy.
 
     Raises:
         FormatError: damaged, with code in it, or holding other things than tensors.
@@ -98,8 +98,13 @@ def _torch_load(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
 
 
+def _inner(found: Mapping[str, Any]) -> object:
+    """What is under one of the names by which training code keeps a state dict, or the mapping itself."""
+    return next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), found)
+
+
 def _tensors(path: str, found: Any) -> dict[str, Tensor]:
-    inner: object = cast("Mapping[str, Any]", found).get("state_dict", found) if isinstance(found, Mapping) else None
+    inner: object = _inner(cast("Mapping[str, Any]", found)) if isinstance(found, Mapping) else None
     if not isinstance(inner, Mapping):
         raise FormatError(f"{path!r} holds a {type(cast('object', found)).__name__}, not a state dict")
     state = cast("Mapping[str, Any]", inner)
@@ -111,7 +116,7 @@ def _tensors(path: str, found: Any) -> dict[str, Tensor]:
     if wrong:
         raise FormatError(
             f"{path!r} holds things that are not tensors under names: {listed(wrong)}; save its state dict, or a "
-            "mapping with one under 'state_dict'"
+            "mapping with one under 'state_dict' or 'model'"
         )
     empty = [name for name, value in state.items() if value.device.type == "meta"]
     if empty:

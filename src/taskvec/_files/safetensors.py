@@ -21,7 +21,7 @@ from .._engine.sources import Pull, Source, Spec
 from ..errors import FormatError, LocationError
 from .format import DTYPES
 
-__all__ = ["open_file", "open_folder", "regular", "weight_files"]
+__all__ = ["File", "described", "open_file", "open_folder", "regular", "shard_names", "weight_files"]
 
 
 class File(Source):
@@ -39,11 +39,15 @@ class File(Source):
     def block(self, pull: Pull) -> Tensor:
         low, high = pull.chunk
         if not low <= pull.start <= pull.stop <= high:
-            return _read(self.files[pull.name], pull.name, pull.start, pull.stop)
+            return _read(self.path(pull.name), pull.name, pull.start, pull.stop)
         place = id(self), pull.name
         if place not in pull.raw:
-            pull.raw[place] = _read(self.files[pull.name], pull.name, low, high)
+            pull.raw[place] = _read(self.path(pull.name), pull.name, low, high)
         return pull.raw[place][pull.start - low : pull.stop - low]
+
+    def path(self, name: str) -> str:
+        """The path of the file that a tensor is in."""
+        return self.files[name]
 
     @override
     def device(self, name: str) -> torch.device:
@@ -60,7 +64,7 @@ def open_file(path: Path) -> Lazy:
     Raises:
         FormatError: damaged, or no regular file.
     """
-    file = _described(os.fspath(regular(path)), *_stamp(path))
+    file = described(os.fspath(regular(path)))
     return Lazy(File(dict.fromkeys(file.specs, os.fspath(path)), file.specs), metadata=file.metadata)
 
 
@@ -77,6 +81,21 @@ class _Described(NamedTuple):
     specs: dict[str, Spec]
     metadata: dict[str, str]
     begin: dict[str, int]
+
+
+def described(path: str) -> _Described:
+    """A file's header, read anew only where the file was rewritten.
+
+    Raises:
+        FormatError: damaged, or a part of a distributed checkpoint.
+    """
+    found = _described(path, *_stamp(Path(path)))
+    if "DCP_SHARDING_INFO" in found.metadata:
+        raise FormatError(
+            f"{path!r} is one part of a distributed checkpoint, whose tensors are cut over several files; join them "
+            "first with torch.distributed.checkpoint's consolidate_safetensors_files"
+        )
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -122,7 +141,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _read(path: str, name: str, start: int, stop: int) -> Tensor:
     # read, not mapped: as fast from the page cache, and what was read does not count as memory once it is dropped
-    file = _described(path, *_stamp(Path(path)))
+    file = described(path)
     dtype = file.specs[name].dtype
     block = torch.empty(stop - start, dtype=dtype, device="cpu")
     with Path(path).open("rb", buffering=0) as source:
@@ -161,7 +180,7 @@ def weight_files(path: Path) -> list[str]:
     index, file = _found(path)
     if index is None:
         return [file.name]
-    return sorted({index.name, *(_inside(path, shard, index).name for shard in _weight_map(index).values())})
+    return sorted({index.name, *(_inside(path, shard, index).name for shard in shard_names(index))})
 
 
 def _found(path: Path) -> tuple[Path | None, Path]:
@@ -185,7 +204,7 @@ def _sharded(path: Path, index: Path) -> Lazy:
     metadata: dict[str, str] = {}
     for shard in sorted(set(owner.values())):
         file = _inside(path, shard, index)
-        own = _described(os.fspath(file), *_stamp(file))
+        own = described(os.fspath(file))
         metadata |= own.metadata
         listed_here = [name for name, other in owner.items() if other == shard]
         for wrong, what in (
@@ -213,11 +232,24 @@ def _weight_map(index: Path) -> dict[str, str]:
     return cast("dict[str, str]", found)
 
 
-def _inside(folder: Path, shard: str, index: Path) -> Path:
-    """A shard's path, refused unless it is a plain file name in the folder."""
+def shard_names(index: Path) -> list[str]:
+    """The names of the shards of an index, each a plain file name of its own folder.
+
+    Raises:
+        FormatError: no index, or one that points elsewhere.
+    """
+    return [_checked(shard, index) for shard in sorted(set(_weight_map(index).values()))]
+
+
+def _checked(shard: str, index: Path) -> str:
     if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
         raise FormatError(f"{os.fspath(index)!r} names the shard {shard!r}, which is not a file of its own folder")
-    path = folder / shard
+    return shard
+
+
+def _inside(folder: Path, shard: str, index: Path) -> Path:
+    """A shard's path, refused unless it is a plain file name in the folder."""
+    path = folder / _checked(shard, index)
     if not path.exists():
         raise LocationError(f"{os.fspath(index)!r} names the shard {shard!r}, which is not there; download it again")
     return regular(path)

@@ -24,11 +24,12 @@ from .._engine.sources import Source, Spec
 from .._vectors.model import check_mapping
 from .._vectors.vector import TaskVector
 from ..errors import DegenerateError, DtypeError, ExistsError, LocationError, RangeError, RuleError
+from .cards import Like, carried, model_card
 from .format import DTYPES, INDEX, record
 from .pickles import SUFFIXES
 from .safetensors import weight_files
 
-__all__ = ["save"]
+__all__ = ["check_target", "save", "write_folder"]
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -42,6 +43,7 @@ def save(
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
     workers: int = 2,
+    like: Like | None = None,
 ) -> None:
     """Write a mapping of tensors as safetensors: one file, or a folder of shards with an index.
 
@@ -57,6 +59,9 @@ def save(
         overwrite: replace a file, or a folder's weight files and their index; all else in the folder stays.
         metadata: strings to keep in the files, beside those that came with the mapping.
         workers: threads that compute and write; a rule that is not marked runs in one.
+        like: a folder of a Hugging Face model, or what `load` gave of one, here or on the Hub: its configuration and
+            its tokenizer's files are copied beside the weights, and a model card says what was merged and how, so that
+            `from_pretrained` opens the folder.
 
     Raises:
         ExistsError: something is there, and overwrite is false.
@@ -76,30 +81,68 @@ def save(
     """
     target = Path(path)
     one_file = target.suffix == ".safetensors"
-    _check_target(target, one_file, overwrite)
+    check_target(target, one_file, overwrite)
     if one_file and max_shard_size is not None:
         raise RangeError(f"{os.fspath(path)!r} is one file; for shards give the name of a folder")
     if workers < 1:
         raise RangeError(f"workers must be at least 1; got {workers!r}")
+    if one_file and like is not None:
+        raise RangeError(f"{os.fspath(path)!r} is one file; like= carries files into a folder: give the name of one")
     limit = _bytes(max_shard_size)
     source, said = _contents(mapping)
     said = said | dict(metadata or {})
-    with _beside(target) as temporary:
-        if one_file:
+    others: dict[str, bytes] = {}
+    if like is not None:
+        others = carried(like) | {"README.md": model_card(source, like, target.name, dict(metadata or {})).encode()}
+    if one_file:
+        with _beside(target) as temporary:
             _write(source, {target.name: list(source.specs)}, temporary, said, workers)
             (temporary / target.name).replace(target)
-        else:
-            complete = temporary / "complete"
-            complete.mkdir()
-            _write_folder(source, _shards(source.specs, limit), complete, said, workers)
-            if target.exists():  # two renames; between them the old folder lies beside its place, whole
-                _keep_others(target, complete)
-                target.replace(temporary / "old")
-            complete.replace(target)
+        _sync_folder(target.parent)
+        return
+    write_folder(target, source, _shard_files(_shards(source.specs, limit)), others, said, workers)
+
+
+def write_folder(
+    target: Path,
+    source: Source,
+    files: Mapping[str, list[str]],
+    others: Mapping[str, bytes],
+    said: dict[str, str],
+    workers: int,
+) -> None:
+    """Write a folder of safetensors and other files, or put them into one that is there, atomically.
+
+    Args:
+        target: the folder.
+        source: the tensors.
+        files: the name of each file -> the names of its tensors; several get an index.
+        others: name -> contents of further files.
+        said: metadata of the safetensors.
+        workers: threads.
+    """
+    with _beside(target) as temporary:
+        complete = temporary / "complete"
+        complete.mkdir()
+        _write_files(source, files, complete, said, workers)
+        for name, contents in others.items():
+            _write_bytes(complete / name, contents)
+        if target.exists():  # two renames; between them the old folder lies beside its place, whole
+            _keep_others(target, complete)
+            target.replace(temporary / "old")
+        complete.replace(target)
     _sync_folder(target.parent)
 
 
-def _check_target(target: Path, one_file: bool, overwrite: bool) -> None:
+def _write_bytes(path: Path, contents: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_target(target: Path, one_file: bool, overwrite: bool) -> None:
+    """Refuse a place that nothing can be written to."""
     if target.suffix in SUFFIXES:
         raise RangeError(
             f"{os.fspath(target)!r} has the suffix of a pickle; save() writes safetensors: use "
@@ -162,20 +205,22 @@ def _shards(specs: Mapping[str, Spec], limit: int | None) -> list[list[str]]:
     return shards
 
 
-def _write_folder(
-    source: Source, shards: Sequence[list[str]], folder: Path, said: dict[str, str], workers: int
-) -> None:
+def _shard_files(shards: Sequence[list[str]]) -> dict[str, list[str]]:
+    """The name of each file, and the names of its tensors."""
     if len(shards) == 1:
-        _write(source, {"model.safetensors": shards[0]}, folder, said, workers)
-        return
-    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _write_files(
+    source: Source, files: Mapping[str, list[str]], folder: Path, said: dict[str, str], workers: int
+) -> None:
     _write(source, files, folder, said, workers)
-    total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
-    weight_map = {name: file for file, names in files.items() for name in names}
-    with (folder / INDEX).open("w", encoding="utf-8") as index:
-        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, index, indent=2)
-        index.flush()
-        os.fsync(index.fileno())
+    if len(files) > 1:
+        total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_bytes(folder / INDEX, json.dumps(index, indent=2).encode())
     _sync_folder(folder)
 
 
