@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
+from .._engine.select import check_density
 from .._vectors.backdoor import BackdoorVector
 from .._vectors.checks import check_vector, checked_vectors
 from .._vectors.merge import merge
@@ -64,7 +65,7 @@ def sparse_backdoor(
     if not given:
         raise DegenerateError("vectors must not be empty; got no backdoor vectors to merge")
     merged = merge(given, consensus, agree=agree, reduce=reduce)
-    if density < 1:
+    if check_density(density) < 1:
         merged = merged.map(topk, density=density)
     if match_norm:
         norm = merged.norm()
