@@ -42,6 +42,9 @@ class Visitor(file_mutation.MutationVisitor):
         idle = m.Raise() | m.Call(m.Name("cast")) | m.Arg(keyword=m.Name("strict"))
         return m.matches(node, idle) or super()._skip_node_and_children(node)
 
+    def _should_mutate_node(self, node: cst.CSTNode) -> bool:
+        return not m.matches(node, m.Call(m.Name("zip"))) and super()._should_mutate_node(node)
+
 
 def copy_the_tree() -> None:
     """Copy what the tests need, and go there: mutmut works in the current folder."""
