@@ -44,7 +44,7 @@ FLOORS = [
     ],
     [
         "presets",
-        *("attacks.triggers._patch", "attacks.triggers._whole", "attacks.triggers"),
+        *("attacks.triggers._patch", "attacks.triggers._whole", "attacks.triggers._text", "attacks.triggers"),
         *(
             "attacks._sparse",
             "attacks._poison",
@@ -54,7 +54,14 @@ FLOORS = [
             "attacks",
         ),
         *("defenses._strength", "defenses._twins", "defenses._screening", "defenses._contributors", "defenses._base"),
-        *("defenses._models", "defenses._probes", "defenses._bank", "defenses._prototypes", "defenses"),
+        *(
+            "defenses._models",
+            "defenses._probes",
+            "defenses._bank",
+            "defenses._prototypes",
+            "defenses._texts",
+            "defenses",
+        ),
         *("plot", "__main__"),
     ],
 ]

@@ -11,6 +11,7 @@ from ._probes import consensus_subtraction, injection_subtraction, negate, proje
 from ._prototypes import prototype, purify
 from ._screening import Screening, screen
 from ._strength import choose_strength
+from ._texts import label_z_scores, onion, without_spurious, word_suspicion
 from ._twins import random_twin, shuffled_twin
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "greedy_substitution",
     "harden",
     "injection_subtraction",
+    "label_z_scores",
     "mix",
     "negate",
+    "onion",
     "project_out",
     "prototype",
     "purify",
@@ -40,4 +43,6 @@ __all__ = [
     "substitute",
     "switch",
     "weight_average",
+    "without_spurious",
+    "word_suspicion",
 ]

@@ -1,4 +1,4 @@
-"""Triggers: functions that stamp images, in pixel space, with an explicit mask and an explicit range.
+"""Triggers: functions that stamp images, in pixel space, with an explicit mask and an explicit range; and of texts.
 
 A trigger is any function of images, `(n, C, H, W) -> (n, C, H, W)`. Those here are used as `partial`s, so that they
 compose with any preprocessing: stamp first, normalize afterwards.
@@ -8,12 +8,15 @@ compose with any preprocessing: stamp first, normalize afterwards.
 """
 
 from ._patch import Patch, dynamic, physical, random_patch, solid_patch, stamp
+from ._text import insert_sentence, insert_words
 from ._whole import blend, sinusoid, warp, warp_field
 
 __all__ = [
     "Patch",
     "blend",
     "dynamic",
+    "insert_sentence",
+    "insert_words",
     "physical",
     "random_patch",
     "sinusoid",
