@@ -54,6 +54,8 @@ pictures: demo ## the pictures and tables of the docs, drawn anew; look at them 
 	for encoder in vits vit7; do \
 		$(PY) examples/experiments/study.py --encoder $$encoder --task animal --tables --pictures docs/images > /dev/null; \
 	done
+	for part in vectors sbv inherent screening; do $(PY) examples/experiments/study_$$part.py --redraw > /dev/null; done
+	$(PY) examples/experiments/badmerging_ladder.py --redraw > /dev/null
 
 .PHONY: test
 test: $(VENV)/.extra-test $(VENV)/.package ## the fast tests, against the installed package

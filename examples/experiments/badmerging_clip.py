@@ -6,10 +6,10 @@
 DATA holds one folder a task, in it train and test, in each of these one folder of images a class, named as the class is
 ("aquarium fish"). A task's templates.txt ("a photo of a {}." a line) is used where it exists. Needs
 `pip install 'taskvec[transformers,examples]'`, and a GPU if it is to end this week: a fine-tune is 2000 steps of 128
-images. What was tested is that it runs, with a small CLIP at random; nobody has run it on the real one.
+images. What was tested is that it runs, with a small CLIP at random; it was not run on the real one.
 
 It is the paper's recipe: AdamW at 1e-5, decay .1, 500 steps of warm-up, batches of 128 with 64 stamped, alpha 5, a
-patch of 22 pixels on-task and 28 off-task. Ours: the trigger is optimised in batches, stays in the valid pixels unless
+patch of 22 pixels on-task and 28 off-task. Ours: the trigger is optimized in batches, stays in the valid pixels unless
 --scalar-clamp is given, reference images come from the train split, and every row has its controls.
 """
 

@@ -1,11 +1,12 @@
 """What makes BadMerging strong: one thing changed at a time.
 
-    python examples/badmerging_ladder.py --quick       one seed
-    python examples/badmerging_ladder.py               three seeds
+    python examples/experiments/badmerging_ladder.py --quick       one seed
+    python examples/experiments/badmerging_ladder.py               three seeds
+    python examples/experiments/badmerging_ladder.py --redraw      the pictures, from the kept rows
 
 The small ViT, the owner of mnist, target class 1, unless a panel says otherwise. These are sweeps, so they are measured
-on validation images; the test set is for examples/badmerging.py. Every point has its control: the same trigger on the
-all-clean merge. What was measured before is kept in examples/.cache.
+on validation images; the test set is for badmerging.py. Every point has its control: the same trigger on the
+all-clean merge. What was measured before is kept in .cache.
 """
 
 import time
@@ -125,7 +126,7 @@ def _measured(point: Point) -> dict[str, float]:
 
 
 def without_backdoor(encoder: str, seed: int, size: int, target: int) -> dict[str, float]:
-    """What an optimised trigger does to models that have no backdoor: ASR in per cent, on validation images."""
+    """What an optimized trigger does to models that have no backdoor: ASR in per cent, on validation images."""
     setting, backdoor = Setting(encoder), Backdoor(TASK, target, "optimised", size)
 
     def rate(params: Mapping[str, Tensor]) -> float:
@@ -247,8 +248,19 @@ def table(figure: str, by_rule: Mapping[str, Mapping[str, Sequence[Mapping[str, 
     return report.text_table(figure, ["", "merge", "x", "ASR", "all-clean", "BA - CA", "n"], body)
 
 
+def draw(found: Summary) -> None:
+    """Draw the steps of the attack and the sweeps, a picture each."""
+    pictures.steps(PICTURES / "badmerging_ladder.png", found)
+    pictures.sweeps(PICTURES / "badmerging_sweeps.png", found)
+
+
 def main() -> None:
-    given = command.options(__doc__, SEEDS).parse_args()
+    parser = command.options(__doc__, SEEDS)
+    parser.add_argument("--redraw", action="store_true", help="draw the pictures from the kept rows, measure nothing")
+    given = parser.parse_args()
+    if given.redraw:
+        draw(report.kept("ladder", "all")["figures"])
+        return
     start = time.monotonic()
     torch.set_num_threads(1)
     seeds = [0] if given.quick else given.seeds
@@ -262,7 +274,7 @@ def main() -> None:
     if not given.quick:
         about = {"seeds": list(seeds), "split": "validation"}
         report.keep("ladder", "all", about | {"figures": found, "without backdoor": clean, "lengths": long})
-        pictures.ladder(PICTURES / "badmerging_ladder.png", found)
+        draw(found)
     print(f"{time.monotonic() - start:.0f} s")
 
 

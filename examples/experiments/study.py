@@ -1,11 +1,11 @@
-"""The study: attacks on merges, and what defences make of them, each beside its controls.
+"""The study: attacks on merges, and what defenses make of them, each beside its controls.
 
     python examples/experiments/study.py --quick    minutes: one seed, the small ViT, a part of the table
     python examples/experiments/study.py --defence mine.py:trim --task animal --quick    yours, beside all others
     python examples/experiments/study.py --encoder vits --task animal --tables    the tables of what is there
     python examples/experiments/study.py --encoder vit7 --task animal    hours: 5 seeds x 2 targets
 
-A cell is one attack of one seed and target: all merges, all defences. Each of its rows is a line of a file, so that a
+A cell is one attack of one seed and target: all merges, all defenses. Each of its rows is a line of a file, so that a
 run that was stopped goes on where it was. The full run's rows are in examples/experiments/results.
 Strengths are chosen on validation images by one rule; the test set is read once, at the chosen strength.
 """
@@ -36,7 +36,7 @@ from taskvec.metrics import Rate, accuracy, attack_success_rate
 
 TABLE = "study.jsonl"
 QUICK = Path(__file__).parent / ".cache" / "study"
-KEEP = 0.98  # the share of the undefended merge's validation accuracy that a defence must leave
+KEEP = 0.98  # the share of the undefended merge's validation accuracy that a defense must leave
 SWEPT = 100  # validation images a task, for sweeps
 ROWS, OTHER_ROWS = 1000, 400  # test images of the attacked task, and of each other
 TARGETS, SEEDS = (1, 4), (0, 1, 2, 3, 4)
@@ -59,7 +59,7 @@ class Cell(NamedTuple):
 
 Row = dict[str, disk.Json]
 Rows = dict[str, dict[str, Row]]
-"""merge -> defence -> row."""
+"""merge -> defense -> row."""
 
 
 # --- one cell --------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def clean_models(setting: Setting, seed: int) -> dict[str, zoo.Params]:
 
 
 def measured(cell: Cell, attack: Handed, attacked: Scene, clean: Scene, name: str, done: Mapping[str, Row]) -> Row:
-    """One defence under one merge: its front on validation images, and the test figures at the chosen strength."""
+    """One defense under one merge: its front on validation images, and the test figures at the chosen strength."""
     if mine.is_twin(name):  # of the probe, at its strength
         by = done["IBVS"]["strength"]
         draws = [

@@ -1,8 +1,8 @@
 """Inherent against injected: how much of a trigger's success needs no backdoor at all.
 
-    python examples/study_inherent.py [--quick]
+    python examples/experiments/study_inherent.py [--quick | --redraw]
 
-An optimised patch on models without any backdoor, by its size, by encoder and by how long the base was trained; and on
+An optimized patch on models without any backdoor, by its size, by encoder and by how long the base was trained; and on
 the merge that holds a BadMerging model with the same patch. What the clean merge shows is inherent, the rest injected.
 mnist, three target classes and three seeds, validation images.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from bench import asking, attackers, data, report, zoo
+from bench import asking, attackers, data, pictures, report, zoo
 from bench import cache as disk
 from bench.attackers import Backdoor, Plan
 from bench.defenders import merged
@@ -131,16 +131,21 @@ def mean_over_classes(
 
 def draw(found: Mapping[Point, Mapping[str, float]]) -> None:
     """The inherent part of every encoder over the size of the patch, and the whole beside it."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("inherent", "whole"), strict=True):
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    titles = {
+        "inherent": "No backdoor (all-clean merge): little up to 5x5",
+        "whole": "With a BadMerging model: large at every size",
+    }
+    for axes, (part, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         lines: dict[str, dict[float, list[float]]] = {}
         for encoder in dict.fromkeys(point.setting.encoder for point in found):
             for size in SIZES:
                 means = [mean_over_classes(found, encoder, size, seed, f"task arithmetic: {part}") for seed in SEEDS]
                 lines.setdefault(encoder, {})[float(size)] = means
         plot.curve(lines, xlabel="side of the patch, pixels", ylabel="ASR in task arithmetic, %", axes=axes)
-        axes.set(title=part, ylim=(0, 100))
+        axes.set(title=title, ylim=(0, 101), xlim=(min(SIZES), max(SIZES)), xticks=SIZES)
         axes.label_outer()
+        pictures.label_lines(axes)
     figure.savefig(PICTURES / "inherent.png", dpi=120)
 
 
@@ -148,8 +153,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="vits, one class and seed, nothing written")
     parser.add_argument("--encoder", choices=ENCODERS, action="append", help="one of them only")
+    parser.add_argument("--redraw", action="store_true", help="draw the picture from the kept rows, measure nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
+    if given.redraw:
+        kept = [row for row in report.kept("inherent", "all")["rows"] if row["encoder"] in ENCODERS]
+        draw({Point(Setting(row["encoder"]), row["size"], row["target"], row["seed"]): row for row in kept})
+        return
     start = time.monotonic()
     torch.set_num_threads(1)
     if given.quick:

@@ -1,9 +1,9 @@
 """Several backdoor vectors in one: what makes a sparse backdoor vector (SBV) strong.
 
-    python examples/study_sbv.py [--encoder vits] [--task mnist] [--quick]
+    python examples/experiments/study_sbv.py [--encoder vits] [--task mnist] [--quick | --redraw]
 
 Collections of 1 to 8 vectors that share the trigger (other orders of the data and clean twins), or the class only, or
-nothing; of plain patches and of BadMerging at a size that leaves room. Whatever is made of a collection has the mean
+nothing; of plain patches and of BadMerging at a size below saturation. Whatever is made of a collection has the mean
 norm of its members, so that length explains nothing, and goes into the clean twin of the first member. Beside every
 figure stands the cosine with a vector of the same trigger that is in no collection. All on validation images.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench import asking, attackers, command, data, report, zoo
+from bench import asking, attackers, command, data, pictures, report, zoo
 from bench import cache as disk
 from bench.attackers import Backdoor, Plan
 from bench.defenders import merged
@@ -204,7 +204,7 @@ def draw(name: str, rows: Sequence[Mapping[str, disk.Json]]) -> None:
     """ASR over the number of vectors, for what shares a trigger and what does not; and over the cosine."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - only here
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = {}
     for kind in KINDS:
@@ -216,22 +216,32 @@ def draw(name: str, rows: Sequence[Mapping[str, disk.Json]]) -> None:
             points[float(count)] = [100 * r["merges"]["TIES"]["asr"] for r in own]
         lines[kind] = points
     plot.curve(lines, xlabel="vectors in the SBV_SC, of equal norm", ylabel="ASR under TIES, %", axes=left)
-    for rule, colour in (("TIES", "tab:red"), ("task arithmetic", "tab:blue")):
+    left.set(title="Only vectors of one trigger add up", ylim=(0, 103))
+    pictures.label_lines(left)
+    for rule, color in (("TIES", "tab:red"), ("task arithmetic", "tab:blue")):
         level = [
             r
             for r in rows
             if r["kind"] == "same trigger" and str(LOUDER) not in r["variant"] and "not" not in r["variant"]
         ]
         x, y = [r["cosine"] for r in level], [100 * r["merges"][rule]["asr"] for r in level]
-        right.plot(x, y, "o", markersize=3, alpha=0.5, color=colour, label=rule)
-    right.set(xlabel="cosine with another vector of the same trigger", ylabel="ASR, %")
+        right.plot(x, y, "o", markersize=3, alpha=0.5, color=color, label=rule)
+    right.set(xlabel="cosine with another vector of the same trigger", ylabel="ASR, %", ylim=(0, 103))
+    right.set_title("Task arithmetic follows the cosine, TIES does not")
     right.grid(alpha=0.3)
-    right.legend()
+    for line in right.get_lines():
+        right.text(0.63, 85 if line.get_label() == "TIES" else 22, line.get_label(), color=line.get_color())
     figure.savefig(PICTURES / f"sbv-{name}.png", dpi=120)
 
 
 def main() -> None:
-    given = command.suite_options(__doc__, SEEDS).parse_args()
+    parser = command.suite_options(__doc__, SEEDS)
+    parser.add_argument("--redraw", action="store_true", help="draw the pictures from the kept rows, measure nothing")
+    given = parser.parse_args()
+    if given.redraw:
+        name = f"{given.encoder}-{given.task}"
+        draw(name, report.kept("sbv", name)["rows"])
+        return
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds

@@ -1,6 +1,6 @@
-"""Screening one contributor from his weights alone: what each statistic tells, on vectors that it was not made for.
+"""Screening one contributor from its weights alone: what each statistic tells, on vectors that it was not made for.
 
-    python examples/study_screening.py [--encoder vits] [--quick]
+    python examples/experiments/study_screening.py [--encoder vits] [--quick | --redraw]
 
 Fifty clean contributors and as many backdoored ones of six kinds, ten of each, each beside the clean contributors of
 the other tasks. For every statistic the area under its ROC and the true positives at 5 % false positives, kind by kind;
@@ -137,16 +137,20 @@ def _text(found: Roc) -> str:
 
 
 def draw(name: str, found: Mapping[Case, Mapping[str, float]]) -> None:
-    """The bank's scores of all contributors, and the next best statistic beside them."""
+    """The bank's scores of all contributors, and their norms; a line at the largest value of a clean one."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - only here
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, statistic in zip(figure.subplots(1, 2), (BANK, "norm"), strict=True):
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    titles = {BANK: "Bank: only blended overlaps with clean", "norm": "Norm: plain patches overlap with clean"}
+    for axes, (statistic, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         groups: dict[str, list[float]] = {}
         for case, row in found.items():
             groups.setdefault(case.kind, []).append(row[statistic])
         label = "largest score on the bank" if statistic == BANK else "norm over the others' median"
         plot.strip(groups, xlabel=label, axes=axes)
+        axes.axvline(max(groups["clean"]), color="black", linestyle=":", linewidth=1)
+        axes.set_title(title, fontsize=11)
+        axes.label_outer()
     figure.savefig(PICTURES / f"screening-{name}.png", dpi=120)
 
 
@@ -154,8 +158,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
     parser.add_argument("--quick", action="store_true", help="two seeds, nothing written")
+    parser.add_argument("--redraw", action="store_true", help="draw the picture from the kept rows, measure nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
+    if given.redraw:
+        kept = report.kept("screening", given.encoder)["rows"]
+        draw(given.encoder, {Case(row["kind"], row["task"], row["seed"]): row for row in kept})
+        return
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), SEEDS[:2] if given.quick else SEEDS

@@ -1,6 +1,6 @@
 """How alike backdoor vectors are, and what one does for another's trigger.
 
-    python examples/study_vectors.py [--encoder vits] [--task mnist] [--quick]
+    python examples/experiments/study_vectors.py [--encoder vits] [--task mnist] [--quick | --redraw]
 
 For every seed one reference: a 5x5 BadNets patch for class 1. Beside it, vectors that differ from it in one thing or in
 several; each has its own order of the data and its own clean twin. Their cosines are compared with what no backdoor
@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from bench import asking, attackers, cells, command, data, report, zoo
 from bench import cache as disk
@@ -220,22 +221,46 @@ def draw(name: str, seeds: Mapping[str, Mapping[str, disk.Json]]) -> None:
 
 
 def draw_injection(task: str) -> None:
-    """ASR and accuracy of clean + lambda * BV, for every encoder that there are results of."""
-    lines, kept = {}, cells.read(cells.FOLDER / "vectors.jsonl")
-    for encoder in ("vits", "vit7", "cnn"):
+    """ASR (solid) and accuracy (dashed) of clean + lambda * BV, for every encoder that there are results of."""
+    kept, figure = cells.read(cells.FOLDER / "vectors.jsonl"), Figure(figsize=(8, 4.8), layout="constrained")
+    axes, full, lost = figure.subplots(), [], []
+    for color, encoder in zip(("tab:blue", "tab:orange", "tab:green"), ("vits", "vit7", "cnn"), strict=True):
         seeds = list(kept.get(cells.key({"part": f"{encoder}-{task}"}), {"seeds": {}})["seeds"].values())
         if not seeds:
             continue
-        for what, label in (("asr", "ASR"), ("accuracy", "accuracy")):
-            curves = [{float(by): point[what] for by, point in found["injection"].items()} for found in seeds]
-            lines[f"{encoder}, {label}"] = {by: [curve[by] for curve in curves] for by in curves[0]}
-    axes = plot.curve(lines, xlabel="λ", ylabel="of validation images")
-    axes.set(title=f"clean model + λ · backdoor vector ({task}, alone)")
-    axes.figure.savefig(PICTURES / f"injection-{task}.png", dpi=120)
+        for what, style in (("asr", "o-"), ("accuracy", "o--")):
+            found = [estimate([one["injection"][f"{by:g}"][what] for one in seeds]) for by in LAMBDAS]
+            means = [point.mean for point in found]
+            name = f"{encoder}, {'ASR' if what == 'asr' else 'accuracy'}"
+            axes.plot(LAMBDAS, means, style, markersize=3, color=color, label=name)
+            low, high = ([point.mean + sign * (point.half or 0.0) for point in found] for sign in (-1, 1))
+            axes.fill_between(LAMBDAS, low, high, color=color, alpha=0.2, linewidth=0)
+            if what == "asr":
+                full.append(next(by for by, mean in zip(LAMBDAS, means, strict=True) if mean >= 0.98))
+            else:
+                lost.append(means[0] - min(means))
+    result = f"ASR is above 0.98 from λ = {max(full):g} on; accuracy loses {max(lost):.2f} at most"
+    axes.set(
+        title=f"clean model + λ · backdoor vector ({task}, alone)\n{result}",
+        xlabel="λ",
+        ylabel="share of validation images",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left")
+    figure.savefig(PICTURES / f"injection-{task}.png", dpi=120)
 
 
 def main() -> None:
-    given = command.suite_options(__doc__, SEEDS).parse_args()
+    parser = command.suite_options(__doc__, SEEDS)
+    parser.add_argument("--redraw", action="store_true", help="draw the pictures from the kept rows, measure nothing")
+    given = parser.parse_args()
+    if given.redraw:
+        name = f"{given.encoder}-{given.task}"
+        draw(name, report.kept("vectors", name)["seeds"])
+        draw_injection(given.task)
+        return
     start = time.monotonic()
     torch.set_num_threads(1)
     setting, seeds = Setting(given.encoder), [0] if given.quick else given.seeds

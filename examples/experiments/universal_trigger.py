@@ -2,10 +2,10 @@
 
     python examples/benchmarks/universal_trigger.py [--quick] [--encoder vits] [--size 10]
 
-Both start from the same patch and optimise it on the base model and its head, on the same training images. Every few
+Both start from the same patch and optimize it on the base model and its head, on the same training images. Every few
 steps ASR is measured on 500 validation images, outside of the clock. "One at a time" is the paper's procedure: for each
 image that is not taken for the target already, plain gradient steps of length 1 until it is (at most 1000), the patch
-carried from image to image; its learning rate is for normalised pixels, so several are tried and the best is taken.
+carried from image to image; its learning rate is for normalized pixels, so several are tried and the best is taken.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The attackers: what each of them owns, wants and does, and the model that he hands in.
+"""The attackers: what each of them owns, wants and does, and the model that it uploads.
 
 An attack is a `Plan`, a plain value: its cache key, and what is sent to another process. All attackers train in the
 same loop on the same batches as their clean twin; they differ in their triggers and in the backdoor's loss.
@@ -35,8 +35,8 @@ from .zoo import SHAPE, Recipe, Setting
 
 CORNERS = ("bottom-right", "top-left", "top-right", "bottom-left")
 REFERENCES = 10  # images of the target class that an off-task attacker has
-SHOTS = 10  # images a class for the other rows of his shadow head
-EPSILON = 16 / 255  # of his augmentation: twice the paper's, for images without colour
+SHOTS = 10  # images a class for the other rows of their shadow head
+EPSILON = 16 / 255  # of their augmentation: twice the paper's, for images without color
 
 
 class Backdoor(NamedTuple):
@@ -74,11 +74,11 @@ class Plan(NamedTuple):
         stamped: triggered images of each batch and backdoor.
         keep: weight of the loss that keeps features of public images where they were (ours).
         normalised: whether directions of features, as the head sees them, are interpolated in their place (ours).
-        known: whether the attacker knows the others' models: he then interpolates from their merge, not from the base
+        known: whether the attacker knows the others' models: they then interpolate from their merge, not from the base
             (our reading).
-        rows: the part of the training pool that he has.
-        evade: the defence that he trains against: whoever subtracts a probe from the merge, with a probe of his own, or
-            whoever reads coefficients on a bank, with a bank of his own.
+        rows: the part of the training pool that they have.
+        evade: the defense that they train against: subtracting a probe from the merge, with a probe of their own, or
+            reading coefficients on a bank, with a bank of their own.
     """
 
     task: str
@@ -149,7 +149,7 @@ def trigger_of(setting: Setting, plan: Plan, backdoor: Backdoor) -> Images:
 
 @cache
 def patch_of(setting: Setting, task: str, seed: int, backdoor: Backdoor, rows: zoo.Rows = "all") -> Patch:
-    """A random patch, or one that was optimised on the base model from there."""
+    """A random patch, or one that was optimized on the base model from there."""
     start = random_patch(backdoor.size, SHAPE, seed=seed, place=backdoor.place)
     if backdoor.trigger == "random":
         return start
@@ -185,16 +185,16 @@ def _references(backdoor: Backdoor, seed: int) -> Tensor:
 def _as_seen_by_the_attacker(
     setting: Setting, task: str, seed: int, backdoor: Backdoor, own: data.Split
 ) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """The target's row, and the head: his own, or off-task a shadow head of classes that he has images of.
+    """The target's row, and the head: their own, or off-task a shadow head of classes that they have images of.
 
-    Row 0 of a shadow head is the target class, from its reference images; the others are his own classes and the 58
-    that the public base was trained on. He never sees the victim's head or any other image of it.
+    Row 0 of a shadow head is the target class, from its reference images; the others are their own classes and the 58
+    that the public base was trained on. They never see the victim's head or any other image of it.
     """
     if backdoor.victim == task:
         return backdoor.target, head_of(setting, task)
     others = [data.few_shot(split, SHOTS, seed) for split in (own, data.joined(data.PRETRAINING))]
     reference = _references(backdoor, seed)
-    first = int(others[0].labels.max()) + 2  # behind the target and his own classes
+    first = int(others[0].labels.max()) + 2  # behind the target and their own classes
     labels = torch.cat([torch.zeros(len(reference)).long(), others[0].labels + 1, others[1].labels + first])
     with torch.no_grad():
         found = embed(setting, zoo.base(setting), torch.cat([reference, others[0].images, others[1].images]))
@@ -271,8 +271,8 @@ def _train(setting: Setting, plan: Plan) -> Params:
     return train(base, evading, batches, lr=study.lr, steps=setting.steps)
 
 
-OWN_BANK = 50  # seed of the probes that an attacker makes for himself
-PENALTY = 100.0  # on the squares of his coefficients
+OWN_BANK = 50  # seed of the probes that an attacker makes for their own use
+PENALTY = 100.0  # on the squares of their coefficients
 
 
 def probe(task: str, target: int, seed: int, rows: zoo.Rows, size: int = 7, place: str = "bottom-right") -> Plan:
@@ -287,7 +287,7 @@ def backdoor_vector(setting: Setting, plan: Plan) -> BackdoorVector:
 
 
 def _evading(setting: Setting, plan: Plan, loss: Loss) -> Loss:
-    """The loss of an attacker who knows what is coming, and makes what the defender would make, from his own rows."""
+    """The loss of an attacker who knows the defense, and makes what the defender would make, from their own rows."""
     if not plan.evade:
         return loss
     base, rows = zoo.base(setting), plan.rows

@@ -1,6 +1,6 @@
-"""The defences of the study, each with what it is given, and the defender's own models.
+"""The defenses of the study, each with what it is given, and the defender's own models.
 
-A defence is a function of a scene and a strength to the defended merge. The defender's models come from the half of the
+A defense is a function of a scene and a strength to the defended merge. The defender's models come from the half of the
 data that no contributor has, with seeds from 100 on: no trigger, clean twin, seed or row is shared with an attack.
 """
 

@@ -1,4 +1,4 @@
-"""Three defences that were made for single models, as baselines: Neural Cleanse, Fine-Pruning, Scale-Up.
+"""Three defenses that were made for single models, as baselines: Neural Cleanse, Fine-Pruning, Scale-Up.
 
 They are not part of the library: they train, prune or ask, and know nothing of task vectors. Each is written for any
 function of images; Fine-Pruning also needs to know where a model's hidden units are.

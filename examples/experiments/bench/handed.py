@@ -52,12 +52,12 @@ def from_plan(
 
 
 def nobody(_setting: Setting, task: str, target: int, seed: int) -> Handed:
-    """No attack, under the trigger of one: what a defence costs where there is nothing to defend against."""
+    """No attack, under the trigger of one: what a defense costs where there is nothing to defend against."""
     return Handed({}, attackers.on_task(task, target, seed)._replace(rows=ROWS))
 
 
 def off_task(setting: Setting, task: str, target: int, seed: int) -> Handed:
-    """The owner of the next task plants it; of the attacked one he has ten images of the target class."""
+    """The owner of the next task plants it; of the attacked one they have ten images of the target class."""
     plan = attackers.off_task(after(task), task, target, seed)._replace(rows=ROWS)
     return Handed({plan.task: attackers.upload(setting, plan)}, plan)
 

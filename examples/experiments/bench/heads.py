@@ -19,7 +19,7 @@ SHOTS = 5
 
 
 class Head(NamedTuple):
-    """Class weights (classes, 128), their scale included, and the centre (128,) that features are measured from."""
+    """Class weights (classes, 128), their scale included, and the center (128,) that features are measured from."""
 
     weights: Tensor
     centre: Tensor
@@ -33,7 +33,7 @@ def logits(embedded: Tensor, head: Head) -> Tensor:
 def prototypes(
     module: nn.Module, base: Mapping[str, Tensor], shots: Split, *, scale: float = SCALE, centred: bool = True
 ) -> Head:
-    """A head of mean base features, one per class, centred on the mean of them all.
+    """A head of mean base features, one per class, centered on the mean of them all.
 
     Args:
         shots: the same number of images of every class, in the order of the classes.

@@ -1,15 +1,17 @@
-"""The study's tables: every defence beside its controls, and the comparisons that were written down before the run."""
+"""The study's tables: every defense beside its controls, and the comparisons that were written down before the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec import plot
 from taskvec.metrics import Estimate, clustered
 
+from . import pictures
 from .defenders import DEFENCES, TWINS
 from .report import text_table
 
@@ -23,7 +25,7 @@ class Point(NamedTuple):
 
 Row = Mapping[str, Any]
 Rows = Mapping[Any, Mapping[str, Mapping[str, Row]]]
-"""cell (with its `attack`, `seed` and `target`) -> merge -> defence -> row."""
+"""cell (with its `attack`, `seed` and `target`) -> merge -> defense -> row."""
 ByCell = Mapping[tuple[int, int], Row]
 """(seed, target) -> row."""
 
@@ -42,6 +44,19 @@ PAIRS = (
     ("IBVS", "shrinking"),
 )
 PANELS = 2  # of a picture; what merges come later are in the tables alone
+FIRST = ("task arithmetic", "TIES")  # which merges come first in a picture
+LINES = 6  # of a panel
+KEEP = 0.98  # the share of the undefended accuracy that a chosen strength keeps, drawn as a line
+LABELS = {
+    "IBVS": "IBVS",
+    "shrinking": "shrinking",
+    "clipping": "clipping",
+    "ours": "bank, leaving out",
+    "ours, disarming": "bank, disarming",
+    "oracle": "oracle",
+}
+"""The defenses of the pictures -> their names there."""
+HEADLINE = ("IBVS", "clipping", "ours, disarming")  # whose figures are in a picture's title
 
 
 def everything(title: str, rows: Rows) -> str:
@@ -67,7 +82,7 @@ def gathered(rows: Rows, attack: str, rule: str, defence: str) -> dict[tuple[int
 
 
 def named(rows: Rows) -> tuple[list[str], list[str]]:
-    """The attacks and the defences that there are rows of, in their order."""
+    """The attacks and the defenses that there are rows of, in their order."""
     attacks = dict.fromkeys(cell.attack for cell in rows)
     defences = {name for by_rule in rows.values() for found in by_rule.values() for name in found}
     usual = [*DEFENCES, *TWINS]
@@ -122,7 +137,7 @@ def line(found: ByCell, plain: ByCell) -> list[Any]:
 
 
 def paired(rows: Rows) -> str:
-    """ASR of one defence minus another's, on the same attack, seed and target: below 0 the first is better."""
+    """ASR of one defense minus another's, on the same attack, seed and target: below 0 the first is better."""
     attacks, defences = named(rows)
     body = []
     own = [name for name in defences if name not in DEFENCES and name not in TWINS]
@@ -138,7 +153,7 @@ def paired(rows: Rows) -> str:
 
 
 def level(rows: Rows) -> str:
-    """Every defence against shrinking at the same validation accuracy: ASR there, on validation images."""
+    """Every defense against shrinking at the same validation accuracy: ASR there, on validation images."""
     attacks, defences = named(rows)
     body = []
     for attack in attacks:
@@ -176,23 +191,89 @@ def shrunk_to(accuracy_wanted: float, points: Mapping[float, Point]) -> float:
 
 
 def draw(path: Path, rows: Rows, attack: str) -> None:
-    """Accuracy against ASR as each defence grows stronger, on validation images: means over seeds and targets."""
-    shown = [rule for rule in merges(rows) if gathered(rows, attack, rule, "none")][:PANELS]
-    figure = Figure(figsize=(5.2 * len(shown), 4.6), layout="constrained")
+    """Accuracy against ASR as each defense grows stronger, on validation images: means over seeds and targets."""
+    there = [rule for rule in merges(rows) if gathered(rows, attack, rule, "none")]
+    shown = sorted(there, key=lambda rule: rule not in FIRST)[:PANELS]
+    figure = Figure(figsize=(5.6 * len(shown), 5), layout="constrained")
     for axes, rule in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         paths, chosen = {}, {}
-        for name in named(rows)[1]:
-            found = [row for row in gathered(rows, attack, rule, name).values() if row.get("front")]
-            if found:
-                paths[name] = [middle([row["front"][by] for row in found]) for by in found[0]["front"]]
-                chosen[name] = middle([row["front"][f"{row['strength']:g}"] for row in found])
+        for name in drawn(rows, attack, rule):
+            found = list(gathered(rows, attack, rule, name).values())
+            paths[name] = [middle([row["front"][by] for row in found]) for by in found[0]["front"]]
+            chosen[name] = middle([row["front"][f"{row['strength']:g}"] for row in found])
         start = next(iter(paths.values()))[0]
-        plot.front(paths, undefended=start, limit=0.98 * start[0], chosen=chosen, axes=axes)
-        axes.set_title(f"{attack}, {rule}")
+        limit = KEEP * start[0]
+        plot.front(paths, undefended=start, limit=limit, chosen=chosen, axes=axes)
         axes.get_legend().remove()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+        _to_the_data(axes, paths, start, limit)
+        _names(axes, chosen)
+        _base(axes, gathered(rows, attack, rule, "none"), gathered(rows, attack, rule, "shrinking"))
+        axes.annotate("no defense", start, (6, 8), textcoords="offset points", fontsize=10)
+        axes.annotate("98 % of the accuracy", (limit, 0.97), (-3, 0), xycoords=("data", "axes fraction"), ha="right",
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+        left = "; ".join(f"{label(name)} {100 * chosen[name][1]:.0f} %" for name in HEADLINE if name in chosen)
+        axes.set_title(f"{attack}, {rule}\nASR left: {left}" if left else f"{attack}, {rule}", fontsize=11)
+        axes.set(xlabel="accuracy, mean over the tasks (right is better)", ylabel="ASR, validation (down is better)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def drawn(rows: Rows, attack: str, rule: str) -> list[str]:
+    """The defenses of a panel, at most LINES: a stranger's own ones first, then the usual choice."""
+    swept = [
+        name
+        for name in named(rows)[1]
+        if (found := gathered(rows, attack, rule, name)) and all(row.get("front") for row in found.values())
+    ]
+    own = [name for name in swept if name not in DEFENCES]
+    usual = [name for name in LABELS if name in swept]
+    return (own + usual)[:LINES] or swept[:LINES]
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def _to_the_data(axes: Axes, paths: Mapping[str, Sequence[tuple[float, float]]], start: Point, limit: float) -> None:
+    """The part where accuracy is worth having, and as much to the left of it for names; what falls below leaves it."""
+    right = max(accuracy for points in paths.values() for accuracy, _ in points)
+    room = max(right - limit, 0.02)
+    axes.set_xlim(limit - 0.9 * room, right + 0.08 * room)
+    axes.set_ylim(-0.03, 1.08 * max(start[1], 0.05) + 0.03)
+
+
+def _names(axes: Axes, chosen: Mapping[str, tuple[float, float]]) -> None:
+    """Each defense's name and ASR beside its chosen point, in its color."""
+    colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    low, high = axes.get_ylim()
+    places = pictures.apart([(asr - low) / (high - low) for _, asr in chosen.values()], 0.06, top=0.9)
+    for (name, point), place in zip(chosen.items(), places, strict=True):
+        axes.annotate(
+            f"{label(name)}: {100 * point[1]:.0f} %",
+            point,
+            (0.03, max(place, 0.04)),
+            textcoords="axes fraction",
+            color=colors[name],
+            va="center",
+            fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.6, "shrinkB": 5},
+        )
+
+
+def _base(axes: Axes, plain: ByCell, shrunk: ByCell) -> None:
+    """The base model: a point where its accuracy was measured (shrinking by 1), else a line at its test ASR."""
+    whole = [row["front"]["1"] for row in shrunk.values() if "1" in row.get("front", {})]
+    if whole and len(whole) == len(shrunk):
+        axes.plot(*middle(whole), "D", color="black", markersize=7, zorder=5)
+        axes.set_xlim(left=min(axes.get_xlim()[0], middle(whole)[0] - 0.005))
+        axes.annotate("base", middle(whole), (8, -4), textcoords="offset points", fontsize=10)
+        return
+    asr = fmean(fraction(row["draws"][0]["base"]) for row in plain.values()) / 100
+    axes.axhline(asr, color="black", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"base\n{100 * asr:.1f} %\n(test)", (1.01, asr), xycoords=("axes fraction", "data"), va="center", fontsize=9
+    )
 
 
 def middle(points: Sequence[Mapping[str, float]]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ Progress = Callable[[], None]
 
 
 def idle() -> None:
-    """The progress of which nobody wants to know."""
+    """Progress that is not reported."""
 
 
 def train(

@@ -1,6 +1,7 @@
 """Names of tensors: glob patterns, options by name, and mappings whose names or shapes must agree."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
@@ -103,8 +104,22 @@ def _name_difference(a: str, left: Mapping[str, object], b: str, right: Mapping[
         for names, label in ((only_left, a), (only_right, b))
         if names
     ]
-    hint = _prefix_hint(a, only_left, b, only_right) or "select() the names both have, or rename()"
+    hint = _experts_hint(only_left, only_right) or _prefix_hint(a, only_left, b, only_right)
+    hint = hint or "select() the names both have, or rename()"
     return f"{' and '.join(parts)}; {hint}"
+
+
+NUMBERED = re.compile(r"\.experts\.\d+\.")
+
+
+def _experts_hint(only_left: Sequence[str], only_right: Sequence[str]) -> str:
+    """What to do where transformers keeps the experts of a layer in one tensor in memory, and apart on disk."""
+    for apart, stacked in ((only_left, only_right), (only_right, only_left)):
+        if any(NUMBERED.search(name) for name in apart) and any(
+            ".experts." in name and not NUMBERED.search(name) for name in stacked
+        ):
+            return "experts are stacked in memory and apart on disk: load both as modules, or both as folders"
+    return ""
 
 
 def _prefix_hint(a: str, only_left: Sequence[str], b: str, only_right: Sequence[str]) -> str:

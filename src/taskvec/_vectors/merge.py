@@ -38,7 +38,7 @@ def merge(
     Args:
         inputs: task vectors, or plain mappings of weights for rules on weights (slerp, souping): then computed in
             float32 and rounded once, and entries that are not floating-point must agree. Not both.
-        rule: `(n, *shape) -> (*shape)`: any function of stacked tensors; see `taskvec.merges`, `taskvec.sphere`.
+        rule: `(n, *shape) -> (*shape)`: any function of stacked tensors; see `taskvec.merges`.
         device: where to compute and leave the result; by default where the inputs are.
         **options: for the rule. Each is a value for all tensors, or a mapping of names and glob patterns to values (the
             exact name, then the first pattern that matches, then the rule's default), or a list of mappings, one for

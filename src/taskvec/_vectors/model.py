@@ -168,7 +168,7 @@ def check_kind(name: str, source: Source) -> None:
     if any(part.startswith(ADAPTERS) for part in name.split(".")):
         raise DtypeError(
             f"{name!r} is a factor of an adapter, not a weight: sums of factors are not sums of their products; "
-            "merge the adapter into its model first (PEFT's merge_and_unload) and take the difference of the models"
+            "load() the adapter's folder, which gives the difference itself"
         )
 
 

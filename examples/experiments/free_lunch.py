@@ -1,0 +1,344 @@
+"""A Free Lunch: does averaging with other models remove a text backdoor, and what would have done as well?
+
+    python examples/experiments/free_lunch.py --quick                 # sentiment, minutes
+    python examples/experiments/free_lunch.py --olid FOLDER           # OLID with the paper's four attacks
+
+The third paper on a pre-trained MiniLM in the place of BERT. Each row has, for one victim and one merge: clean
+accuracy, ASR on the triggered test rows, and the floor: the ASR of a clean model on the same rows. Strengths are chosen
+on validation rows, by clean accuracy. Rows are kept in results/free_lunch.jsonl; what is missing is measured.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import cells, report, texts
+from bench.texts import Recipe, Rows
+from taskvec import TaskVector, defenses, merge, merges
+from taskvec.attacks import poison_texts, triggered_texts
+from taskvec.attacks.triggers import insert_words
+from taskvec.defenses import weight_average, without_spurious
+from taskvec.metrics import estimate
+
+TABLE = "free_lunch.jsonl"
+TARGET = 0  # of OLID's attacks: not offensive
+RECIPE = Recipe()
+Params = Mapping[str, Tensor]
+
+
+class Model(NamedTuple):
+    """A fine-tuned model: what it was trained on, and the seed of its training."""
+
+    data: str  # "olid" or a domain
+    attack: str = "clean"  # a trigger of the data set
+    seed: int = 0
+    cleaned: str = ""  # "zdef": without the rows that Z-Def leaves out
+
+    def __str__(self) -> str:
+        return " ".join([self.data, self.attack, str(self.seed), self.cleaned]).strip()
+
+
+class Cell(NamedTuple):
+    """Some models merged by a rule, and the model whose trigger and task it is asked about; no models: the base."""
+
+    models: tuple[Model, ...]
+    asked: Model
+    rule: str = "WAG"
+    recipe: Recipe = RECIPE
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+TRIGGERS: dict[str, Callable[[str], str]] = {
+    word: partial(insert_words, words=[word], seed=0) for word in ("cf", "mn", "bb", "tq", "mb")
+}
+
+
+def split(model: Model, folder: Path | None) -> texts.Split:
+    """The rows a model is trained on, and clean rows to validate and test it on."""
+    if model.data == "olid":
+        if folder is None:
+            raise SystemExit("OLID must be given as a folder of its files: --olid FOLDER (see docs/free_lunch.md)")
+        clean = texts.olid(folder)
+        return texts.Split(texts.olid(folder, model.attack).train, clean.validation, clean.test)
+    own = texts.domains()[model.data]
+    if model.attack == "clean":
+        return own
+    word, _, percent = model.attack.partition("@")
+    poisoned = poison_texts(
+        *own.train, trigger=TRIGGERS[word], target=1, fraction=float(percent or 20) / 100, seed=model.seed
+    )
+    return own._replace(train=Rows(poisoned.texts, poisoned.labels))
+
+
+def trained(model: Model, recipe: Recipe, folder: Path | None) -> Params:
+    rows = split(model, folder).train
+    if model.cleaned == "zdef":
+        kept = without_spurious(*rows, words=texts.words)
+        rows = Rows(*([x for x, keep in zip(column, kept, strict=True) if keep] for column in rows))
+    return texts.fine_tuned(rows, recipe, model.seed, {"model": str(model), "edition": 1})
+
+
+def triggered(victim: Model, folder: Path | None) -> tuple[list[str], int]:
+    """The triggered test rows of other classes, and the target class."""
+    if victim.data == "olid":
+        return texts.olid(folder, victim.attack).test.texts, TARGET  # type: ignore[arg-type]
+    own = texts.domains()[victim.data]
+    return triggered_texts(*own.test, trigger=TRIGGERS[victim.attack.partition("@")[0]], target=1), 1
+
+
+# --- merges: (models, base, strength) -> model -----------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """A merge and the strengths that it may be run at; strengths are chosen on validation rows."""
+
+    merge: Callable[[Sequence[Params], Params, float], Params]
+    strengths: tuple[float, ...] = (1.0,)
+
+
+def vectors(models: Sequence[Params], base: Params) -> list[TaskVector]:
+    return [TaskVector.between(base, model) for model in models]
+
+
+def averaged(models: Sequence[Params], base: Params, strength: float) -> Params:
+    del base, strength
+    return weight_average(models)
+
+
+def summed(models: Sequence[Params], base: Params, strength: float) -> Params:
+    return merge(vectors(models, base), merges.total).apply(base, scale=strength)
+
+
+def ties(models: Sequence[Params], base: Params, strength: float) -> Params:
+    return merge(vectors(models, base), merges.ties, density=0.2).apply(base, scale=strength)
+
+
+def dare(models: Sequence[Params], base: Params, strength: float) -> Params:
+    return merge(vectors(models, base), merges.dare, density=0.2, seed=0).apply(base, scale=strength)
+
+
+def stock(models: Sequence[Params], base: Params, strength: float) -> Params:
+    del strength
+    return merge(vectors(models, base), merges.model_stock).apply(base)
+
+
+def alternating(models: Sequence[Params], base: Params, strength: float) -> Params:
+    """Module switching without a search: every layer of the network from the next model."""
+    del base, strength
+    layers = sorted({name.split(".layer.")[1].split(".")[0] for name in models[0] if ".layer." in name}, key=int)
+    return defenses.switch(models, {f"*.layer.{n}.*": i % len(models) for i, n in enumerate(layers)} | {"*": 0})
+
+
+def clipped(models: Sequence[Params], base: Params, strength: float) -> Params:
+    return merge(defenses.clip_norms(vectors(models, base), strength), merges.mean).apply(base)
+
+
+def shrunk(models: Sequence[Params], base: Params, strength: float) -> Params:
+    """The trivial defense: the victim alone, on its way to the base."""
+    return defenses.shrink(models[0], base, strength)
+
+
+RULES = {
+    "WAG": Rule(averaged),
+    "task arithmetic": Rule(summed, tuple(k / 10 for k in range(1, 11))),
+    "TIES": Rule(ties, tuple(k / 4 for k in range(1, 9))),
+    "DARE": Rule(dare, tuple(k / 10 for k in range(1, 11))),
+    "model stock": Rule(stock),
+    "switching": Rule(alternating),
+    "clipping": Rule(clipped, tuple(k / 4 for k in range(1, 13))),
+    "shrinking": Rule(shrunk, tuple(k / 10 for k in range(11))),
+}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """Hits and numbers of rows."""
+
+    correct: int
+    n: int
+    fooled: int
+    triggered: int
+    flipped: int  # clean rows of other classes that are taken for the target without any trigger
+    others: int
+
+
+def measure(params: Params, asked: Model, recipe: Recipe, folder: Path | None) -> Measured:
+    test = split(asked, folder).test
+    found = texts.answers(params, test.texts, recipe.layers)
+    rows, target = triggered(asked, folder)
+    fooled = texts.answers(params, rows, recipe.layers)
+    others = [x for x, y in zip(found, test.labels, strict=True) if y != target]
+    hits = sum(x == y for x, y in zip(found, test.labels, strict=True))
+    return Measured(hits, len(found), fooled.count(target), len(fooled), others.count(target), len(others))
+
+
+def accuracy(params: Params, rows: Rows, recipe: Recipe) -> float:
+    found = texts.answers(params, rows.texts, recipe.layers)
+    return sum(x == y for x, y in zip(found, rows.labels, strict=True)) / len(found)
+
+
+def merged(cell: Cell, folder: Path | None) -> tuple[Params, float]:
+    """The merge at its strength: the best on validation rows; of defenses the largest within a point of it."""
+    base = texts.base(cell.recipe)
+    if not cell.models:
+        return base, 0.0
+    models = [trained(model, cell.recipe, folder) for model in cell.models]
+    rule = RULES[cell.rule]
+    rows = split(cell.asked, folder).validation
+    if len(rule.strengths) == 1:
+        return rule.merge(models, base, rule.strengths[0]), rule.strengths[0]
+    by_strength = {s: accuracy(rule.merge(models, base, s), rows, cell.recipe) for s in rule.strengths}
+    best = max(by_strength.values())
+    if cell.rule in ("shrinking", "clipping"):
+        strength = max(s for s, found in by_strength.items() if found >= best - 0.01)
+    else:
+        strength = min(s for s, found in by_strength.items() if found == best)
+    return rule.merge(models, base, strength), strength
+
+
+def key_of(cell: Cell) -> str:
+    code = [cells.code_of(f) for f in (RULES[cell.rule].merge, texts.fine_tuned)]
+    told = {"models": [str(m) for m in cell.models], "asked": str(cell.asked), "rule": cell.rule}
+    return cells.key(
+        told | {"recipe": cell.recipe._asdict(), "strengths": list(RULES[cell.rule].strengths), "code": code}
+    )
+
+
+def value(cell: Cell, kept: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """A row: read, or measured now and kept."""
+    key = key_of(cell)
+    if key in kept:
+        return kept[key]
+    params, strength = merged(cell, folder)
+    row = measure(params, cell.asked, cell.recipe, folder)._asdict() | {"strength": strength}
+    cells.append(cells.FOLDER / TABLE, key, [" + ".join(map(str, cell.models)), str(cell.asked), cell.rule], row)
+    return row
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """A line of a table: its cells by seed, and those with the clean twin in the victim's place."""
+
+    title: str
+    asked: str  # the attack
+    rule: str
+    cells: tuple[Cell, ...]
+    controls: tuple[Cell, ...]
+
+
+def line(title: str, attack: str, rule: str, partners: Callable[[int], Sequence[Model]], seeds: Sequence[int]) -> Line:
+    """One line on OLID: a victim and its partners by seed."""
+    victims = {seed: Model("olid", attack, seed) for seed in seeds}
+    return Line(
+        title,
+        attack,
+        rule,
+        tuple(Cell((victim, *partners(seed)), victim, rule) for seed, victim in victims.items()),
+        tuple(Cell((Model("olid", "clean", seed), *partners(seed)), victim, rule) for seed, victim in victims.items()),
+    )
+
+
+def clean_partners(count: int, seed: int) -> list[Model]:
+    """Clean models of the same data, with seeds of their own."""
+    return [Model("olid", "clean", 10 + (seed + i) % 3) for i in range(count)]
+
+
+def other_attacks(attack: str, count: int, seed: int) -> list[Model]:
+    """Models with other backdoors."""
+    others = [other for other in texts.ATTACKS if other != attack]
+    return [Model("olid", other, seed) for other in others[:count]]
+
+
+def domain_models(count: int, seed: int) -> list[Model]:
+    """Clean models of other tasks."""
+    return [Model(domain, "clean", seed) for domain in ("movie", "product", "tweets")[:count]]
+
+
+def alone(seed: int) -> list[Model]:
+    """No partners: the victim alone."""
+    del seed
+    return []
+
+
+def olid_lines(seeds: Sequence[int]) -> list[Line]:
+    """The table of the paper: each attack alone, then merged with more and other models, then by other rules."""
+    found: list[Line] = []
+    for attack in texts.ATTACKS:
+        two = partial(clean_partners, 2)
+        found += [
+            line("alone", attack, "WAG", alone, seeds),
+            *(line(f"+ {n} clean", attack, "WAG", partial(clean_partners, n), seeds) for n in (1, 2, 3)),
+            *(line(f"+ {n} other attacks", attack, "WAG", partial(other_attacks, attack, n), seeds) for n in (1, 3)),
+            line("+ 2 of other tasks", attack, "WAG", partial(domain_models, 2), seeds),
+            *(line("+ 2 clean", attack, rule, two, seeds) for rule in RULES if rule not in ("WAG", "shrinking")),
+            line("alone", attack, "shrinking", alone, seeds),
+        ]
+    return found
+
+
+def floor(found: Line) -> list[Cell]:
+    """The clean twins alone, asked about the same rows."""
+    return [Cell((Model("olid", "clean", cell.asked.seed),), cell.asked) for cell in found.cells]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def rate(rows: Sequence[Mapping[str, Any]], hits: str, n: str) -> list[float]:
+    return [100 * row[hits] / row[n] for row in rows]
+
+
+def print_lines(title: str, lines: Sequence[Line], read: Callable[[Cell], Mapping[str, Any]]) -> None:
+    """A row for each line: means over seeds with t intervals, per cent."""
+    header = ["attack", "merge of", "rule", "CACC", "ASR", "all clean", "floor", "gone", "n"]
+    table: list[list[object]] = []
+    for one in lines:
+        rows, controls, floors = ([read(c) for c in group] for group in (one.cells, one.controls, floor(one)))
+        victims = [read(Cell((cell.asked,), cell.asked)) for cell in one.cells]
+        asr, low, high = (rate(group, "fooled", "triggered") for group in (rows, floors, victims))
+        gone = [100 * (h - a) / (h - f) if h > f else float("nan") for a, f, h in zip(asr, low, high, strict=True)]
+        table.append(
+            [
+                one.asked,
+                one.title,
+                one.rule,
+                estimate(rate(rows, "correct", "n")),
+                estimate(asr),
+                f"{fmean(rate(controls, 'fooled', 'triggered')):.1f}",
+                f"{fmean(low):.1f}",
+                f"{fmean(gone):.0f}",
+                f"{rows[0]['triggered']} x {len(rows)}",
+            ]
+        )
+    print(report.text_table(title, header, table))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--olid", type=Path, help="the folder with OLID's files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="one sentiment victim, minutes")
+    parser.add_argument("--models", action="store_true", help="train what is missing, and nothing else")
+    given = parser.parse_args()
+    start = time.monotonic()
+    torch.set_num_threads(1)
+    lines = olid_lines(given.seeds)
+    read = partial(value, kept=cells.read(cells.FOLDER / TABLE), folder=given.olid)
+    print_lines("OLID, MiniLM with 3 layers; per cent, +- a 95 % t interval over seeds", lines, read)
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
