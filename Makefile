@@ -105,6 +105,10 @@ dist: $(VENV)/.extra-dev ## wheel and sdist, and what is in them
 	cd build/sdist && ../../$(PY) -m pytest --quiet -m 'not slow' -x -p no:cacheprovider
 	rm -rf build/sdist
 
+.PHONY: lines
+lines: $(VENV)/.torch ## how many lines of code each room has
+	@$(PY) tests/lines.py
+
 .PHONY: mutants
 mutants: $(VENV)/.extra-mutants ## change the library in one place at a time; does a test notice? (an hour)
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
