@@ -9,6 +9,7 @@ on validation rows, by clean accuracy. Rows are kept in results/free_lunch.jsonl
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from bench import cells, report, texts
+from bench.progress import progress
 from bench.texts import Recipe, Rows
+from bench.zoo import workforce
 from taskvec import TaskVector, defenses, merge, merges
 from taskvec.attacks import poison_texts, triggered_texts
 from taskvec.attacks.triggers import insert_words
@@ -232,65 +235,103 @@ class Line(NamedTuple):
     """A line of a table: its cells by seed, and those with the clean twin in the victim's place."""
 
     title: str
-    asked: str  # the attack
+    attack: str
     rule: str
     cells: tuple[Cell, ...]
     controls: tuple[Cell, ...]
 
 
-def line(title: str, attack: str, rule: str, partners: Callable[[int], Sequence[Model]], seeds: Sequence[int]) -> Line:
-    """One line on OLID: a victim and its partners by seed."""
-    victims = {seed: Model("olid", attack, seed) for seed in seeds}
+Partners = Callable[[int], Sequence[Model]]
+
+
+def line(title: str, victim: Model, rule: str, partners: Partners, seeds: Sequence[int]) -> Line:
+    """A victim and its partners by seed."""
+    victims = [victim._replace(seed=seed) for seed in seeds]
     return Line(
         title,
-        attack,
+        victim.attack,
         rule,
-        tuple(Cell((victim, *partners(seed)), victim, rule) for seed, victim in victims.items()),
-        tuple(Cell((Model("olid", "clean", seed), *partners(seed)), victim, rule) for seed, victim in victims.items()),
+        tuple(Cell((one, *partners(one.seed)), one, rule) for one in victims),
+        tuple(Cell((twin(one), *partners(one.seed)), one, rule) for one in victims),
     )
 
 
-def clean_partners(count: int, seed: int) -> list[Model]:
-    """Clean models of the same data, with seeds of their own."""
-    return [Model("olid", "clean", 10 + (seed + i) % 3) for i in range(count)]
+def twin(victim: Model) -> Model:
+    """A clean model of the same data and seed."""
+    return Model(victim.data, "clean", victim.seed)
 
 
-def other_attacks(attack: str, count: int, seed: int) -> list[Model]:
-    """Models with other backdoors."""
-    others = [other for other in texts.ATTACKS if other != attack]
-    return [Model("olid", other, seed) for other in others[:count]]
-
-
-def domain_models(count: int, seed: int) -> list[Model]:
-    """Clean models of other tasks."""
-    return [Model(domain, "clean", seed) for domain in ("movie", "product", "tweets")[:count]]
-
-
-def alone(seed: int) -> list[Model]:
-    """No partners: the victim alone."""
+def nobody(seed: int) -> list[Model]:
     del seed
     return []
+
+
+def clean(data: str, count: int, seed: int) -> list[Model]:
+    """Clean models of the same data, with seeds of their own."""
+    pool = 3 if data == "olid" else 5
+    return [Model(data, "clean", 10 + (seed + i) % pool) for i in range(count)]
+
+
+def attacked(data: str, attacks: Sequence[str], seed: int) -> list[Model]:
+    """Models of the same data with other backdoors."""
+    return [Model(data, attack, seed) for attack in attacks]
+
+
+def colluding(data: str, attack: str, count: int, seed: int) -> list[Model]:
+    """Models of the same data with the same backdoor."""
+    return [Model(data, attack, seed + 20 + i) for i in range(count)]
+
+
+def other_tasks(data: str, count: int, seed: int) -> list[Model]:
+    """Clean models of other tasks."""
+    return [Model(domain, "clean", seed) for domain in texts.DOMAINS if domain != data][:count]
 
 
 def olid_lines(seeds: Sequence[int]) -> list[Line]:
     """The table of the paper: each attack alone, then merged with more and other models, then by other rules."""
     found: list[Line] = []
     for attack in texts.ATTACKS:
-        two = partial(clean_partners, 2)
+        victim, rest = Model("olid", attack), [other for other in texts.ATTACKS if other != attack]
+        two = partial(clean, "olid", 2)
         found += [
-            line("alone", attack, "WAG", alone, seeds),
-            *(line(f"+ {n} clean", attack, "WAG", partial(clean_partners, n), seeds) for n in (1, 2, 3)),
-            *(line(f"+ {n} other attacks", attack, "WAG", partial(other_attacks, attack, n), seeds) for n in (1, 3)),
-            line("+ 2 of other tasks", attack, "WAG", partial(domain_models, 2), seeds),
-            *(line("+ 2 clean", attack, rule, two, seeds) for rule in RULES if rule not in ("WAG", "shrinking")),
-            line("alone", attack, "shrinking", alone, seeds),
+            line("alone", victim, "WAG", nobody, seeds),
+            *(line(f"+ {n} clean", victim, "WAG", partial(clean, "olid", n), seeds) for n in (1, 2, 3)),
+            *(line(f"+ {n} other attacks", victim, "WAG", partial(attacked, "olid", rest[:n]), seeds) for n in (1, 3)),
+            line("+ 2 of other tasks", victim, "WAG", partial(other_tasks, "olid", 2), seeds),
+            line("+ 2 of other tasks", victim, "TIES", partial(other_tasks, "olid", 2), seeds),
+            *(line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in ("WAG", "shrinking")),
+            line("alone", victim, "shrinking", nobody, seeds),
         ]
+    return found
+
+
+def domain_lines(data: str, seeds: Sequence[int]) -> list[Line]:
+    """Sentiment with a rare word: how many models, which, by which rule, and how much was poisoned."""
+    victim = Model(data, "cf@20")
+    found = [
+        line("alone", victim, "WAG", nobody, seeds),
+        *(line(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, 6)),
+        *(
+            line("+ 2 clean", victim, rule, partial(clean, data, 2), seeds)
+            for rule in RULES
+            if rule not in ("WAG", "shrinking")
+        ),
+        line("alone", victim, "shrinking", nobody, seeds),
+        *(line("+ 2 of other tasks", victim, rule, partial(other_tasks, data, 2), seeds) for rule in ("WAG", "TIES")),
+        line("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), seeds),
+        line("+ 4 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20", "tq@20", "mb@20"]), seeds),
+        line("+ 2 with the same", victim, "WAG", partial(colluding, data, "cf@20", 2), seeds),
+    ]
+    for rate in (10, 1):
+        weaker = Model(data, f"cf@{rate}")
+        found += [line("alone", weaker, "WAG", nobody, seeds)]
+        found += [line(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
     return found
 
 
 def floor(found: Line) -> list[Cell]:
     """The clean twins alone, asked about the same rows."""
-    return [Cell((Model("olid", "clean", cell.asked.seed),), cell.asked) for cell in found.cells]
+    return [Cell((twin(cell.asked),), cell.asked) for cell in found.cells]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -300,43 +341,79 @@ def rate(rows: Sequence[Mapping[str, Any]], hits: str, n: str) -> list[float]:
     return [100 * row[hits] / row[n] for row in rows]
 
 
+def gone(asr: float, low: float, high: float) -> float:
+    """The share of what a backdoor adds to the floor that a merge removes, in per cent."""
+    return 100 * (high - asr) / (high - low) if high > low else float("nan")
+
+
 def print_lines(title: str, lines: Sequence[Line], read: Callable[[Cell], Mapping[str, Any]]) -> None:
     """A row for each line: means over seeds with t intervals, per cent."""
-    header = ["attack", "merge of", "rule", "CACC", "ASR", "all clean", "floor", "gone", "n"]
+    header = ["attack", "merge of", "rule", "CACC", "ASR", "all clean", "floor", "gone", "base", "flips", "n"]
     table: list[list[object]] = []
     for one in lines:
         rows, controls, floors = ([read(c) for c in group] for group in (one.cells, one.controls, floor(one)))
         victims = [read(Cell((cell.asked,), cell.asked)) for cell in one.cells]
+        bases = [read(Cell((), cell.asked)) for cell in one.cells]
         asr, low, high = (rate(group, "fooled", "triggered") for group in (rows, floors, victims))
-        gone = [100 * (h - a) / (h - f) if h > f else float("nan") for a, f, h in zip(asr, low, high, strict=True)]
         table.append(
             [
-                one.asked,
+                one.attack,
                 one.title,
                 one.rule,
                 estimate(rate(rows, "correct", "n")),
                 estimate(asr),
                 f"{fmean(rate(controls, 'fooled', 'triggered')):.1f}",
                 f"{fmean(low):.1f}",
-                f"{fmean(gone):.0f}",
+                f"{fmean(gone(*values) for values in zip(asr, low, high, strict=True)):.0f}",
+                f"{fmean(rate(bases, 'fooled', 'triggered')):.0f}",
+                f"{fmean(rate(rows, 'flipped', 'others')):.1f}",
                 f"{rows[0]['triggered']} x {len(rows)}",
             ]
         )
     print(report.text_table(title, header, table))
 
 
+def models_of(lines: Sequence[Line]) -> list[tuple[Model, Recipe]]:
+    """Every model that some lines need, each once."""
+    everything = [cell for one in lines for cell in (*one.cells, *one.controls, *floor(one))]
+    return list(dict.fromkeys((model, cell.recipe) for cell in everything for model in cell.models))
+
+
+def train_all(wanted: Sequence[tuple[Model, Recipe]], folder: Path | None, workers: int) -> None:
+    """Train what is missing, in so many processes, and show how it goes."""
+    with workforce(workers) as pool, progress("models", len(wanted)) as step:
+        for _ in pool.map(partial(_train, folder=folder), wanted):
+            step()
+
+
+def _train(wanted: tuple[Model, Recipe], folder: Path | None) -> None:
+    torch.set_num_threads(1)
+    trained(*wanted, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--olid", type=Path, help="the folder with OLID's files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="one sentiment victim, minutes")
-    parser.add_argument("--models", action="store_true", help="train what is missing, and nothing else")
+    parser.add_argument("--olid", type=Path, metavar="FOLDER", help="the folder with OLID's files")
+    parser.add_argument("--domains", nargs="*", choices=[*texts.DOMAINS], default=["product", "tweets"])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2 on OLID, 0 to 4 on sentiment")
+    parser.add_argument("--quick", action="store_true", help="one sentiment task and one seed")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
-    lines = olid_lines(given.seeds)
+    parts: list[tuple[str, list[Line]]] = []
+    if given.quick:
+        parts = [("Sentiment of tweets, one seed", domain_lines("tweets", [0])[:4])]
+    else:
+        if given.olid:
+            parts.append(("OLID, offensive language", olid_lines(given.seeds or [0, 1, 2])))
+        parts += [(f"Sentiment: {data}", domain_lines(data, given.seeds or [0, 1, 2, 3, 4])) for data in given.domains]
+    wanted = [(model, recipe) for _, lines in parts for model, recipe in models_of(lines)]
     read = partial(value, kept=cells.read(cells.FOLDER / TABLE), folder=given.olid)
-    print_lines("OLID, MiniLM with 3 layers; per cent, +- a 95 % t interval over seeds", lines, read)
+    if any(key_of(cell) not in read.keywords["kept"] for _, lines in parts for one in lines for cell in one.cells):
+        train_all(list(dict.fromkeys(wanted)), given.olid, given.workers)
+    for title, lines in parts:
+        print_lines(f"{title}; MiniLM, {RECIPE.layers} layers; per cent, +- a 95 % t interval over seeds", lines, read)
     print(f"{time.monotonic() - start:.0f} s")
 
 
