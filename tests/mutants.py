@@ -24,10 +24,12 @@ import libcst.matchers as m
 from mutmut import __main__ as mutmut
 from mutmut.mutation import file_mutation, mutators
 from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.state import state
 from mutmut.stats import status_by_exit_code
 
 WORKPLACE = Path("build/mutants")
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SECONDS = 10  # of tests for one mutant, the quickest ones; what survives them counts as a survivor
 KILLED = {"killed", "timeout", "segfault"}
 
 
@@ -61,7 +63,31 @@ def mutants() -> dict[str, int | None]:
     return {name: code for _, name, code in found}
 
 
+def quickest(tests: Iterable[str]) -> set[str]:
+    """The quickest tests, so many as fit."""
+    took = state().duration_by_test
+    whole, chosen = 0.0, set[str]()
+    for test in sorted(tests, key=lambda name: took[name]):
+        whole += took[test]
+        if whole > SECONDS:
+            break
+        chosen.add(test)
+    return chosen
+
+
+def collected_with_limit(*args: object, **kwargs: object) -> None:
+    """Which tests reach which function, as mutmut finds it, without the slowest."""
+    collect(*args, **kwargs)
+    reached = state().tests_by_mangled_function_name
+    for function, tests in reached.items():
+        reached[function] = quickest(tests)
+
+
+collect = mutmut.collect_or_load_stats
+
+
 def make_mutants() -> None:
+    mutmut.collect_or_load_stats = collected_with_limit
     file_mutation.MutationVisitor = Visitor
     file_mutation.mutation_operators[:] = [
         (kind, operator)
