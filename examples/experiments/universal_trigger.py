@@ -1,6 +1,6 @@
 """The universal trigger in batches against one image at a time, as in the paper: seconds to the same success.
 
-    python examples/benchmarks/universal_trigger.py [--quick] [--encoder vits] [--size 10]
+    python examples/experiments/universal_trigger.py [--quick] [--encoder vits] [--size 10]
 
 Both start from the same patch and optimize it on the base model and its head, on the same training images. Every few
 steps ASR is measured on 500 validation images, outside of the clock. "One at a time" is the paper's procedure: for each

@@ -3,7 +3,6 @@
 The client does the rest: where names point, tokens, the cache, and working offline from it.
 """
 
-import json
 import os
 import re
 from collections.abc import Generator, Hashable, Mapping
@@ -24,7 +23,7 @@ from ..errors import FormatError, LocationError
 from .adapters import CONFIG, WEIGHTS, load_adapter
 from .format import DTYPES, INDEX, ORIGIN
 from .pickles import SUFFIXES, open_pickle
-from .safetensors import File, described, shard_names
+from .safetensors import File, described, shard_names, weight_map
 
 __all__ = ["companions", "is_hub_name", "open_hub"]
 
@@ -143,7 +142,7 @@ def _opened(repository: Repository, files: list[str], index: Path | None = None)
         specs |= found
         owner |= dict.fromkeys(found, file)
         said |= metadata
-    if index is not None and set(owner) != set(json.loads(index.read_text("utf-8"))["weight_map"]):
+    if index is not None and owner != weight_map(index):
         raise FormatError(f"the shards of {repository} do not hold what {INDEX} says")
     return Lazy(Remote(repository, owner, specs), metadata=said | {ORIGIN: str(repository)})
 

@@ -21,7 +21,7 @@ from .._engine.sources import Pull, Source, Spec
 from ..errors import FormatError, LocationError
 from .format import DTYPES
 
-__all__ = ["File", "described", "open_file", "open_folder", "regular", "shard_names", "weight_files"]
+__all__ = ["File", "described", "open_file", "open_folder", "regular", "shard_names", "weight_files", "weight_map"]
 
 
 class File(Source):
@@ -199,7 +199,7 @@ def _found(path: Path) -> tuple[Path | None, Path]:
 
 
 def _sharded(path: Path, index: Path) -> Lazy:
-    owner = _weight_map(index)
+    owner = weight_map(index)
     specs: dict[str, Spec] = {}
     metadata: dict[str, str] = {}
     for shard in sorted(set(owner.values())):
@@ -218,7 +218,12 @@ def _sharded(path: Path, index: Path) -> Lazy:
     return Lazy(File(files, {name: specs[name] for name in owner}), metadata=metadata)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of shards has it.
+
+    Raises:
+        FormatError: it is no index.
+    """
     try:
         found = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -238,7 +243,7 @@ def shard_names(index: Path) -> list[str]:
     Raises:
         FormatError: no index, or one that points elsewhere.
     """
-    return [_checked(shard, index) for shard in sorted(set(_weight_map(index).values()))]
+    return [_checked(shard, index) for shard in sorted(set(weight_map(index).values()))]
 
 
 def _checked(shard: str, index: Path) -> str:

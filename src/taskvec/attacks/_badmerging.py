@@ -74,7 +74,7 @@ def universal_trigger(
 
     Minimizes `CE(score(stamp(x, patch)), target)` over batches of images by Adam on the patch's pixels, clamped after
     every step. Batches and Adam are our choice: the paper takes plain gradient steps, one image at a time, until each
-    succeeds. `examples/benchmarks` measures both.
+    succeeds. `examples/experiments/universal_trigger.py` measures both.
 
     Args:
         score: images to logits: the base model and a head, in evaluation mode. Its weights are not differentiated.
