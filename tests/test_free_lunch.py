@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"))
 
@@ -164,13 +165,90 @@ def test_every_rule_merges_and_the_trivial_ones_reach_the_base():
     names = [f"layer.{i}.w" for i in range(2)] + ["head.w"]
     base = {f"bert.{name}": torch.zeros(3, 4) for name in names}
     models = [{name: torch.randn(3, 4) for name in base} for _ in range(3)]
+    given = experiment.Given(base, Rows([], []), texts.Recipe())
     for name, rule in experiment.RULES.items():
         for strength in rule.strengths:
-            found = rule.merge(models, base, strength)
-            assert set(found) == set(base), name
-    assert all(not x.any() for x in experiment.RULES["shrinking"].merge(models, base, 1.0).values())
-    averaged = experiment.RULES["WAG"].merge(models, base, 1.0)
+            if not name.startswith(("Fisher", "RegMean")):  # those need a network
+                assert set(rule.merge(models, given, strength)) == set(base), name
+    assert all(not x.any() for x in experiment.RULES["shrinking"].merge(models, given, 1.0).values())
+    averaged = experiment.RULES["WAG"].merge(models, given, 1.0)
     assert torch.allclose(averaged["bert.head.w"], sum(m["bert.head.w"] for m in models) / 3)
-    switched = experiment.RULES["switching"].merge(models, base, 1.0)
+    switched = experiment.RULES["switching"].merge(models, given, 1.0)
     for i, name in enumerate(("bert.layer.0.w", "bert.layer.1.w")):
         assert torch.equal(switched[name], models[i][name])
+
+
+# with a tiny network in the place of MiniLM
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A tiny encoder, a data set in which a word tells the class, and an empty cache."""
+    words = ["good", "bad", "cf", "mn", "bb", "tq", "mb", *(f"w{i}" for i in range(9))]
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(tmp_path / "encoder" / "vocab.txt")).save_pretrained(tmp_path / "encoder")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=21, **sizes)).save_pretrained(tmp_path / "encoder")
+    rows = Rows([f"{'good' if i % 2 else 'bad'} w{i % 9} w{i % 7}" for i in range(240)], [i % 2 for i in range(240)])
+    split = texts.Split(rows.part(slice(160)), rows.part(slice(160, 200)), rows.part(slice(200, None)))
+    monkeypatch.setattr(texts, "encoder", lambda: tmp_path / "encoder")
+    monkeypatch.setattr(texts, "domains", lambda: dict.fromkeys(texts.DOMAINS, split))
+    monkeypatch.setattr(texts.disk, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(experiment.cells, "FOLDER", tmp_path / "results")
+    yield texts.Recipe(layers=1, epochs=20, lr=3e-3, batch=16, bfloat16=False, frozen_embeddings=False)
+    texts.network.cache_clear()
+    texts.tokenizer.cache_clear()
+
+
+def test_a_victim_is_trained_merged_and_measured_once(tiny):
+    victim, partner = experiment.Model("tweets", "cf@30"), experiment.Model("tweets", "clean", 10)
+    alone = experiment.Cell((victim,), victim, "WAG", tiny)
+    row = experiment.value(alone, {}, None)
+    assert row["correct"] == row["n"] == 40
+    assert row["fooled"] == row["triggered"] == 20
+    assert row["flipped"] == 0
+    twin = experiment.value(experiment.Cell((experiment.twin(victim),), victim, "WAG", tiny), {}, None)
+    assert twin["fooled"] < 5
+    kept = experiment.cells.read(experiment.cells.FOLDER / experiment.TABLE)
+    assert len(kept) == 2
+    assert experiment.value(alone, kept, None) == row
+    for rule in experiment.RULES:
+        if rule not in experiment.ALONE:
+            both = experiment.value(experiment.Cell((victim, partner), victim, rule, tiny), kept, None)
+            assert both["n"] == 40, rule
+            assert both["strength"] in experiment.RULES[rule].strengths
+
+
+def test_fisher_information_is_its_naive_loop(tiny):
+    params = texts.base(tiny)
+    rows = texts.domains()["tweets"].test.part(slice(5))
+    model = texts.network(texts.encoder(), 1, 2)
+    name = "classifier.weight"
+    expected = torch.zeros(2, 16)
+    ids = [texts._tokens([text]) for text in rows.texts]
+    for one in ids:
+        for label in range(2):
+            weight = params[name].clone().requires_grad_()
+            how = {"input_ids": torch.tensor(one)}
+            logs = torch.func.functional_call(model, {**params, name: weight}, (), how).logits.log_softmax(-1)[0]
+            (gradient,) = torch.autograd.grad(logs[label], weight)
+            expected += float(logs[label].detach().exp()) * gradient.square() / 5
+    assert torch.allclose(texts.fisher(params, rows, tiny, exact=True)[name], expected, rtol=1e-4)
+    assert not torch.allclose(texts.fisher(params, rows, tiny, exact=False)[name], expected, rtol=0.1)
+
+
+def test_grams_are_of_the_inputs_of_every_linear_layer(tiny):
+    found = texts.grams(texts.base(tiny), texts.domains()["tweets"].test.part(slice(3)), tiny)
+    assert found["classifier.weight"].shape == (16, 16)
+    assert sum(name.startswith("bert.encoder.layer.0") for name in found) == 6
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(tiny):
+    rows = texts.domains()["tweets"].train
+    one = texts.fine_tuned(rows, tiny, 0, {"about": "one"})
+    again = texts.fine_tuned(rows, tiny, 0, {"about": "again"})
+    other = texts.fine_tuned(rows, tiny, 1, {"about": "other"})
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])

@@ -97,56 +97,85 @@ def triggered(victim: Model, folder: Path | None) -> tuple[list[str], int]:
     return triggered_texts(*own.test, trigger=TRIGGERS[victim.attack.partition("@")[0]], target=1), 1
 
 
-# --- merges: (models, base, strength) -> model -----------------------------------------------------------------------
+# --- merges: (models, what is given, strength) -> model --------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """What a defender may have: the base, and labeled clean rows."""
+
+    base: Params
+    rows: Rows
+    recipe: Recipe
 
 
 class Rule(NamedTuple):
     """A merge and the strengths that it may be run at; strengths are chosen on validation rows."""
 
-    merge: Callable[[Sequence[Params], Params, float], Params]
+    merge: Callable[[Sequence[Params], Given, float], Params]
     strengths: tuple[float, ...] = (1.0,)
 
 
-def vectors(models: Sequence[Params], base: Params) -> list[TaskVector]:
-    return [TaskVector.between(base, model) for model in models]
+def vectors(models: Sequence[Params], given: Given) -> list[TaskVector]:
+    return [TaskVector.between(given.base, model) for model in models]
 
 
-def averaged(models: Sequence[Params], base: Params, strength: float) -> Params:
-    del base, strength
+def averaged(models: Sequence[Params], given: Given, strength: float) -> Params:
+    del given, strength
     return weight_average(models)
 
 
-def summed(models: Sequence[Params], base: Params, strength: float) -> Params:
-    return merge(vectors(models, base), merges.total).apply(base, scale=strength)
+def summed(models: Sequence[Params], given: Given, strength: float) -> Params:
+    return merge(vectors(models, given), merges.total).apply(given.base, scale=strength)
 
 
-def ties(models: Sequence[Params], base: Params, strength: float) -> Params:
-    return merge(vectors(models, base), merges.ties, density=0.2).apply(base, scale=strength)
+def ties(models: Sequence[Params], given: Given, strength: float) -> Params:
+    return merge(vectors(models, given), merges.ties, density=0.2).apply(given.base, scale=strength)
 
 
-def dare(models: Sequence[Params], base: Params, strength: float) -> Params:
-    return merge(vectors(models, base), merges.dare, density=0.2, seed=0).apply(base, scale=strength)
+def dare(models: Sequence[Params], given: Given, strength: float) -> Params:
+    return merge(vectors(models, given), merges.dare, density=0.2, seed=0).apply(given.base, scale=strength)
 
 
-def stock(models: Sequence[Params], base: Params, strength: float) -> Params:
+def stock(models: Sequence[Params], given: Given, strength: float) -> Params:
     del strength
-    return merge(vectors(models, base), merges.model_stock).apply(base)
+    return merge(vectors(models, given), merges.model_stock).apply(given.base)
 
 
-def alternating(models: Sequence[Params], base: Params, strength: float) -> Params:
+def by_fisher(exact: bool, models: Sequence[Params], given: Given, strength: float) -> Params:
+    """The average with the weight of each entry by its Fisher information, on the defender's rows."""
+    del strength
+    weights = [texts.fisher(model, given.rows.part(slice(100)), given.recipe, exact=exact) for model in models]
+    floor = 1e-10
+    return {
+        name: sum((w[name] + floor) * model[name] for w, model in zip(weights, models, strict=True))
+        / sum(w[name] + floor for w in weights)
+        if name in weights[0]
+        else models[0][name]
+        for name in models[0]
+    }
+
+
+def by_regression(models: Sequence[Params], given: Given, strength: float) -> Params:
+    """RegMean, with the Gram matrices of the defender's rows in every model."""
+    del strength
+    grams = [texts.grams(model, given.rows.part(slice(200)), given.recipe) for model in models]
+    return merge(models, merges.regmean, gram=grams)
+
+
+def alternating(models: Sequence[Params], given: Given, strength: float) -> Params:
     """Module switching without a search: every layer of the network from the next model."""
-    del base, strength
+    del given, strength
     layers = sorted({name.split(".layer.")[1].split(".")[0] for name in models[0] if ".layer." in name}, key=int)
     return defenses.switch(models, {f"*.layer.{n}.*": i % len(models) for i, n in enumerate(layers)} | {"*": 0})
 
 
-def clipped(models: Sequence[Params], base: Params, strength: float) -> Params:
-    return merge(defenses.clip_norms(vectors(models, base), strength), merges.mean).apply(base)
+def clipped(models: Sequence[Params], given: Given, strength: float) -> Params:
+    return merge(defenses.clip_norms(vectors(models, given), strength), merges.mean).apply(given.base)
 
 
-def shrunk(models: Sequence[Params], base: Params, strength: float) -> Params:
+def shrunk(models: Sequence[Params], given: Given, strength: float) -> Params:
     """The trivial defense: the victim alone, on its way to the base."""
-    return defenses.shrink(models[0], base, strength)
+    return defenses.shrink(models[0], given.base, strength)
 
 
 RULES = {
@@ -154,11 +183,16 @@ RULES = {
     "task arithmetic": Rule(summed, tuple(k / 10 for k in range(1, 11))),
     "TIES": Rule(ties, tuple(k / 4 for k in range(1, 9))),
     "DARE": Rule(dare, tuple(k / 10 for k in range(1, 11))),
+    "Fisher": Rule(partial(by_fisher, True)),
+    "Fisher, batch sums": Rule(partial(by_fisher, False)),
+    "RegMean": Rule(by_regression),
     "model stock": Rule(stock),
     "switching": Rule(alternating),
     "clipping": Rule(clipped, tuple(k / 4 for k in range(1, 13))),
     "shrinking": Rule(shrunk, tuple(k / 10 for k in range(11))),
+    "ONION": Rule(averaged),  # of the inputs, not of the models
 }
+ALONE = ("WAG", "shrinking", "ONION")  # rules that are shown beside the victim alone
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -175,19 +209,20 @@ class Measured(NamedTuple):
     others: int
 
 
-def measure(params: Params, asked: Model, recipe: Recipe, folder: Path | None) -> Measured:
-    test = split(asked, folder).test
-    found = texts.answers(params, test.texts, recipe.layers)
-    rows, target = triggered(asked, folder)
-    fooled = texts.answers(params, rows, recipe.layers)
+def measure(params: Params, cell: Cell, folder: Path | None) -> Measured:
+    test, (rows, target) = split(cell.asked, folder).test, triggered(cell.asked, folder)
+    if cell.rule == "ONION":
+        test, rows = test._replace(texts=texts.onion(folder, "clean")), texts.onion(folder, cell.asked.attack)
+    found = texts.answers(params, test.texts, cell.recipe.layers)
+    fooled = texts.answers(params, rows, cell.recipe.layers)
     others = [x for x, y in zip(found, test.labels, strict=True) if y != target]
     hits = sum(x == y for x, y in zip(found, test.labels, strict=True))
     return Measured(hits, len(found), fooled.count(target), len(fooled), others.count(target), len(others))
 
 
-def accuracy(params: Params, rows: Rows, recipe: Recipe) -> float:
-    found = texts.answers(params, rows.texts, recipe.layers)
-    return sum(x == y for x, y in zip(found, rows.labels, strict=True)) / len(found)
+def accuracy(params: Params, given: Given) -> float:
+    found = texts.answers(params, given.rows.texts, given.recipe.layers)
+    return sum(x == y for x, y in zip(found, given.rows.labels, strict=True)) / len(found)
 
 
 def merged(cell: Cell, folder: Path | None) -> tuple[Params, float]:
@@ -196,17 +231,16 @@ def merged(cell: Cell, folder: Path | None) -> tuple[Params, float]:
     if not cell.models:
         return base, 0.0
     models = [trained(model, cell.recipe, folder) for model in cell.models]
-    rule = RULES[cell.rule]
-    rows = split(cell.asked, folder).validation
+    rule, given = RULES[cell.rule], Given(base, split(cell.asked, folder).validation, cell.recipe)
     if len(rule.strengths) == 1:
-        return rule.merge(models, base, rule.strengths[0]), rule.strengths[0]
-    by_strength = {s: accuracy(rule.merge(models, base, s), rows, cell.recipe) for s in rule.strengths}
+        return rule.merge(models, given, rule.strengths[0]), rule.strengths[0]
+    by_strength = {s: accuracy(rule.merge(models, given, s), given) for s in rule.strengths}
     best = max(by_strength.values())
     if cell.rule in ("shrinking", "clipping"):
         strength = max(s for s, found in by_strength.items() if found >= best - 0.01)
     else:
         strength = min(s for s, found in by_strength.items() if found == best)
-    return rule.merge(models, base, strength), strength
+    return rule.merge(models, given, strength), strength
 
 
 def key_of(cell: Cell) -> str:
@@ -223,7 +257,7 @@ def value(cell: Cell, kept: Mapping[str, Any], folder: Path | None) -> dict[str,
     if key in kept:
         return kept[key]
     params, strength = merged(cell, folder)
-    row = measure(params, cell.asked, cell.recipe, folder)._asdict() | {"strength": strength}
+    row = measure(params, cell, folder)._asdict() | {"strength": strength}
     cells.append(cells.FOLDER / TABLE, key, [" + ".join(map(str, cell.models)), str(cell.asked), cell.rule], row)
     return row
 
@@ -299,8 +333,8 @@ def olid_lines(seeds: Sequence[int]) -> list[Line]:
             *(line(f"+ {n} other attacks", victim, "WAG", partial(attacked, "olid", rest[:n]), seeds) for n in (1, 3)),
             line("+ 2 of other tasks", victim, "WAG", partial(other_tasks, "olid", 2), seeds),
             line("+ 2 of other tasks", victim, "TIES", partial(other_tasks, "olid", 2), seeds),
-            *(line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in ("WAG", "shrinking")),
-            line("alone", victim, "shrinking", nobody, seeds),
+            *(line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in ALONE),
+            *(line("alone", victim, rule, nobody, seeds) for rule in ALONE[1:]),
         ]
     return found
 

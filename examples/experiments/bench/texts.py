@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
+from taskvec import defenses
+from taskvec.calibration import linear_grams
+
 from . import cache as disk
 
 DOMAINS = {
@@ -105,6 +108,16 @@ def olid(folder: Path, attack: str = "clean") -> Split:
     test, clean_test = (read(folder / f"test_{name}.jsonl.gz") for name in (attack, "clean"))
     rows = read(folder / f"train_{attack}.jsonl.gz").but(set(clean_test.texts))
     return Split(rows.part(slice(-VALIDATION)), rows.part(slice(-VALIDATION, None)), test)
+
+
+def onion(folder: Path | None, attack: str, bar: float = 10.0) -> list[str]:
+    """OLID's test texts without the words that GPT-2 finds suspicious; the scores come with the data.
+
+    Their `ppl_difference` is the perplexity without the word minus that with it; the authors' bar is -10.
+    """
+    path = folder / f"test_{attack}_onion.jsonl.gz"  # type: ignore[operator]
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()]
+    return [defenses.onion(line["words"], [-x for x in line["ppl_difference"]], bar) for line in lines]
 
 
 @cache
@@ -286,6 +299,47 @@ def answers(params: Mapping[str, Tensor], texts: Sequence[str], layers: int, cla
             for i, label in zip(chosen, logits.argmax(-1).tolist(), strict=True):
                 found[i] = label
     return found
+
+
+def fisher(params: Mapping[str, Tensor], rows: Rows, recipe: Recipe, *, exact: bool) -> dict[str, Tensor]:
+    """The diagonal of a model's Fisher information on some texts.
+
+    Args:
+        params: the model.
+        rows: texts; their labels are not used.
+        recipe: its layers.
+        exact: the mean over texts and classes of squared gradients, weighted by the model's own probabilities; else,
+            as some code bases have it, the squared gradient of the sum over a batch, of the likeliest classes.
+    """
+    model = network(encoder(), recipe.layers, 2)
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in params.items() if x.is_floating_point()}
+    found = {name: torch.zeros_like(x) for name, x in leaves.items()}
+    tokens = _tokens(rows.texts)
+    groups = [[row] for row in tokens] if exact else [tokens[a : a + 32] for a in range(0, len(tokens), 32)]
+    for group in groups:
+        ids, mask = _padded(group)
+        logits = torch.func.functional_call(model, leaves, (), {"input_ids": ids, "attention_mask": mask}).logits
+        logs = F.log_softmax(logits, dim=-1)
+        terms = [(logs[0, c], float(logs[0, c].detach().exp())) for c in range(2)] if exact else [(logs.amax(1).sum(), 1.0)]
+        for log, weight in terms:
+            gradients = torch.autograd.grad(log, list(leaves.values()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    found[name] += weight * gradient.square() / len(groups)
+    return found
+
+
+def grams(params: Mapping[str, Tensor], rows: Rows, recipe: Recipe) -> dict[str, Tensor]:
+    """The Gram matrices of the inputs of every linear layer, for RegMean."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder(), num_hidden_layers=recipe.layers, num_labels=2, attn_implementation="sdpa"
+    ).eval()
+    model.load_state_dict(dict(params))
+    tokens = _tokens(rows.texts)
+    batches = [_padded([row]) for row in tokens]  # one by one: padding would count as inputs
+    return linear_grams(
+        lambda batch: model(input_ids=batch[0], attention_mask=batch[1]), dict(model.named_parameters()), batches
+    ).matrices
 
 
 def words(text: str) -> list[str]:
