@@ -29,7 +29,7 @@ from mutmut.stats import status_by_exit_code
 
 WORKPLACE = Path("build/mutants")
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-SECONDS = 10  # of tests for one mutant, the quickest ones; what survives them counts as a survivor
+SECONDS = 5  # of tests for one mutant, the quickest ones; what survives them counts as a survivor
 KILLED = {"killed", "timeout", "segfault"}
 
 

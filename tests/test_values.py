@@ -221,7 +221,7 @@ LOOPS: dict[str, Naive] = {
 
 
 def vectors(n: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Multiples of 1/16, so that sums are exact: no two of a vector are equal, and some of two vectors cancel.
+    """Multiples of 1/32, so that sums are exact: no two of a vector are equal, and some of two vectors cancel.
 
     More positive than negative, so that a majority exists. The names differ in size: a scope is seen in the result.
     """
@@ -229,10 +229,10 @@ def vectors(n: int, seed: int = 0) -> list[dict[str, Tensor]]:
     size = torch.tensor([0.0] * 12 + [100.0] * 5 + [40.0] * 12, dtype=torch.float64)
     found = []
     for i in range(n):
-        x = (torch.randperm(29, generator=random) + 1 + (i == 1) / 2 + size) / 8
+        x = (torch.randperm(29, generator=random) + 1 + {1: 0.5, 3: 0.25}.get(i, 0) + size) / 8
         x *= torch.where(torch.rand(29, generator=random) < 0.3, -1, 1)
-        if i == 1:
-            x[::4] = -found[0][::4]
+        if i in (1, 3):  # where all four cancel, no sign is elected
+            x[::4] = -found[i - 1][::4]
         found.append(x)
     return [{"a": x[:12].reshape(3, 4), "b": x[12:17], "c": x[17:].reshape(2, 3, 2)} for x in found]
 

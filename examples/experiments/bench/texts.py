@@ -320,7 +320,9 @@ def fisher(params: Mapping[str, Tensor], rows: Rows, recipe: Recipe, *, exact: b
         ids, mask = _padded(group)
         logits = torch.func.functional_call(model, leaves, (), {"input_ids": ids, "attention_mask": mask}).logits
         logs = F.log_softmax(logits, dim=-1)
-        terms = [(logs[0, c], float(logs[0, c].detach().exp())) for c in range(2)] if exact else [(logs.amax(1).sum(), 1.0)]
+        terms = (
+            [(logs[0, c], float(logs[0, c].detach().exp())) for c in range(2)] if exact else [(logs.amax(1).sum(), 1.0)]
+        )
         for log, weight in terms:
             gradients = torch.autograd.grad(log, list(leaves.values()), retain_graph=True, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
