@@ -434,7 +434,7 @@ def fill(parts: Sequence[tuple[str, list[Line]]], folder: Path | None, workers: 
     models = dict.fromkeys(model for _, lines in parts for model in models_of(lines))
     kept = cells.read(cells.FOLDER / TABLE)
     wanted = dict.fromkeys(cell for _, lines in parts for one in lines for cell in everything(one))
-    missing = [cell for cell in wanted if key_of(cell) not in kept]
+    missing = sorted((c for c in wanted if key_of(c) not in kept), key=lambda c: len(RULES[c.rule].strengths))
     with workforce(workers) as pool:
         for title, work, todo in (("models", _train, list(models)), ("cells", _measure, missing)):
             with progress(title, len(todo)) as step:
