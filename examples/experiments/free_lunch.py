@@ -321,16 +321,20 @@ def other_tasks(data: str, count: int, seed: int) -> list[Model]:
     return [Model(domain, "clean", seed) for domain in texts.DOMAINS if domain != data][:count]
 
 
-def olid_lines(seeds: Sequence[int]) -> list[Line]:
+def olid_lines(seeds: Sequence[int], attacks: Sequence[str] = texts.ATTACKS) -> list[Line]:
     """The table of the paper: each attack alone, then merged with more and other models, then by other rules."""
     found: list[Line] = []
-    for attack in texts.ATTACKS:
-        victim, rest = Model("olid", attack), [other for other in texts.ATTACKS if other != attack]
+    for attack in attacks:
+        victim, rest = Model("olid", attack), [other for other in attacks if other != attack]
         two = partial(clean, "olid", 2)
         found += [
             line("alone", victim, "WAG", nobody, seeds),
             *(line(f"+ {n} clean", victim, "WAG", partial(clean, "olid", n), seeds) for n in (1, 2, 3)),
-            *(line(f"+ {n} other attacks", victim, "WAG", partial(attacked, "olid", rest[:n]), seeds) for n in (1, 3)),
+            *(
+                line(f"+ {n} other attacks", victim, "WAG", partial(attacked, "olid", rest[:n]), seeds)
+                for n in (1, 3)
+                if n <= len(rest)
+            ),
             line("+ 2 of other tasks", victim, "WAG", partial(other_tasks, "olid", 2), seeds),
             line("+ 2 of other tasks", victim, "TIES", partial(other_tasks, "olid", 2), seeds),
             *(line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in ALONE),
@@ -453,6 +457,7 @@ def _measure(cell: Cell, folder: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--olid", type=Path, metavar="FOLDER", help="the folder with OLID's files")
+    parser.add_argument("--attacks", nargs="+", choices=texts.ATTACKS, default=texts.ATTACKS, help="of OLID")
     parser.add_argument("--domains", nargs="*", choices=[*texts.DOMAINS], default=["product", "tweets"])
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2 on OLID, 0 to 4 on sentiment")
     parser.add_argument("--quick", action="store_true", help="one sentiment task and one seed")
@@ -466,7 +471,7 @@ def main() -> None:
         parts = [("Sentiment of tweets, one seed", domain_lines("tweets", [0])[:4])]
     else:
         if given.olid or given.tables:
-            parts.append(("OLID, offensive language", olid_lines(given.seeds or [0, 1, 2])))
+            parts.append(("OLID, offensive language", olid_lines(given.seeds or [0, 1, 2], given.attacks)))
         parts += [(f"Sentiment: {data}", domain_lines(data, given.seeds or [0, 1, 2, 3, 4])) for data in given.domains]
     kept = cells.read(cells.FOLDER / TABLE)
     known = [
