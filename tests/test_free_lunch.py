@@ -252,3 +252,20 @@ def test_the_same_seed_gives_the_same_model_and_another_another(tiny):
     other = texts.fine_tuned(rows, tiny, 1, {"about": "other"})
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
+
+
+def test_the_page_shows_what_the_rows_give(capsys, monkeypatch):
+    """The table of the docs is what the command prints of the kept rows, and the page quotes it."""
+    root = Path(__file__).parent.parent
+    if not (experiment.cells.FOLDER / experiment.TABLE).exists():
+        pytest.skip("the rows are in the repository only")
+    monkeypatch.setattr(sys, "argv", ["free_lunch.py", "--tables", "--attacks", "badnet", "sent", "--domains"])
+    experiment.main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    table = (root / "docs" / "tables" / "free_lunch-olid.txt").read_text("utf-8").splitlines()
+    assert printed[:-1] == table
+    page = (root / "docs" / "free_lunch.md").read_text("utf-8")
+    for line in table:
+        if " WAG " in line and "clean" in line:
+            asr = line.split("+-")[1].split()[1]
+            assert f"{asr} ±" in page, line
