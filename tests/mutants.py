@@ -115,7 +115,7 @@ def report(results: Iterable[tuple[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=3000, help="how many mutants, drawn at random")
+    parser.add_argument("--sample", type=int, default=1000, help="how many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--all", action="store_true", help="every mutant")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="mutants with such a name")
