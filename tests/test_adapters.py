@@ -349,6 +349,33 @@ def test_an_adapter_is_replaced_only_when_asked_and_all_else_stays(tmp_path):
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
 
 
+def test_an_adapter_that_was_replaced_is_read_anew(tmp_path):
+    one = TaskVector({"layer.weight": torch.ones(3, 4)})
+    for scale in (1, 2):
+        save_adapter(scale * one, tmp_path / "a", rank=1, overwrite=True)
+        assert torch.allclose(load(tmp_path / "a")["layer.weight"], scale * one["layer.weight"])
+
+
+def test_statistics_in_a_whole_module_are_no_part_of_the_difference(tmp_path):
+    more = {
+        "norm.weight": torch.ones(2),
+        "norm.running_mean": torch.ones(2),
+        "norm.num_batches_tracked": torch.ones(()),
+    }
+    written(tmp_path / "a", pair() | more)
+    base = {"layer.weight": torch.zeros(3, 4)} | {name: 0 * x for name, x in more.items()}
+    assert set(load(tmp_path / "a", base=base)) == {"layer.weight", "norm.weight"}
+
+
+def test_with_its_base_an_adapter_is_known_to_be_of_that_base(tmp_path):
+    written(tmp_path / "a", pair())
+    base, other = ({"layer.weight": torch.full((3, 4), x)} for x in (1.0, 2.0))
+    vector = load(tmp_path / "a", base=base)
+    assert (vector + TaskVector.between(base, other)).norm() > 0
+    with pytest.raises(MismatchError, match="different bases"):
+        vector + TaskVector.between(other, base)
+
+
 def test_only_vectors_are_saved_as_adapters(tmp_path):
     with pytest.raises(OptionError, match="vector must be a TaskVector"):
         save_adapter({"layer.weight": torch.ones(2, 2)}, tmp_path / "a")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hub_server import COMMIT, Hub
 
-from taskvec import save
+from taskvec import TaskVector, save, save_adapter
 
 
 @pytest.fixture
@@ -68,6 +68,33 @@ def test_opening_fetches_headers_and_reading_fetches_weights_once(hub, tmp_path)
     assert weights == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors"]
     hub.asked.clear()
     assert run(hub, tmp_path, READ, HF_HUB_OFFLINE="1") == "True\n"
+    assert hub.asked == []
+
+
+def test_an_adapter_on_the_hub_is_a_vector_and_what_is_refused_keeps_its_reason(hub, tmp_path):
+    save_adapter(TaskVector({"layer.weight": torch.ones(3, 4)}), hub.folder / "org" / "lora", rank=1)
+    code = """
+from taskvec import load
+from taskvec.errors import DtypeError
+vector = load("org/lora")
+print(float(vector["layer.weight"].mean()), vector.meta["hub"])
+try:
+    load("org/dora")
+except DtypeError as error:
+    print(error)
+"""
+    (hub.folder / "org" / "dora").mkdir()
+    for file in (hub.folder / "org" / "lora").iterdir():
+        changed = file.read_bytes().replace(b'"use_rslora": false', b'"use_dora": true')
+        (hub.folder / "org" / "dora" / file.name).write_bytes(changed)
+    lines = run(hub, tmp_path, code).splitlines()
+    assert lines[0].split() == ["1.0", f"org/lora@{COMMIT}"]
+    assert "DoRA scales the whole weight" in lines[1]
+
+
+def test_a_misspelt_file_is_not_asked_for_on_the_hub(hub, tmp_path):
+    (found,) = said_of(hub, tmp_path, "models/base.safetensors")
+    assert "nor can it be a name on the Hub" in found
     assert hub.asked == []
 
 
@@ -131,7 +158,7 @@ from taskvec import load
 from taskvec.errors import FormatError
 model = load("org/one")
 import pathlib, torch
-from taskvec import save
+from taskvec import TaskVector, save, save_adapter
 save({{"w": torch.zeros(2), "b": torch.zeros(300)}}, r"{path}", overwrite=True)
 try:
     model["w"]

@@ -104,9 +104,8 @@ def _name_difference(a: str, left: Mapping[str, object], b: str, right: Mapping[
         for names, label in ((only_left, a), (only_right, b))
         if names
     ]
-    hint = _experts_hint(only_left, only_right) or _prefix_hint(a, only_left, b, only_right)
-    hint = hint or "select() the names both have, or rename()"
-    return f"{' and '.join(parts)}; {hint}"
+    known = _experts_hint(only_left, only_right) or _prefix_hint(a, only_left, b, only_right)
+    return f"{' and '.join(parts)}; {known or 'select() the names both have, or rename()'}"
 
 
 NUMBERED = re.compile(r"\.experts\.\d+\.")

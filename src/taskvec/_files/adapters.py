@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ from typing_extensions import override
 from .._engine.names import listed
 from .._engine.run import Lazy, entries_of, mapping_of, source_of
 from .._engine.sources import Pull, Renamed, Source, Spec, joined
+from .._vectors.fingerprint import fingerprint
+from .._vectors.model import as_model
 from .._vectors.vector import TaskVector, check_weights
 from ..errors import DtypeError, FormatError, MismatchError, MissingError
 from .safetensors import open_file
@@ -86,7 +87,7 @@ class LowRank(Source):
     @override
     def block(self, pull: Pull) -> Tensor:
         update, spec = self.updates[pull.name], self.specs[pull.name]
-        left, right = (_whole(self.sources[0], own, spec.dtype) for own in update[:2])
+        left, right = (self._factor(pull, own).to(spec.dtype) for own in update[:2])
         if update.transposed:
             left, right = right.T, left.T
         first, last = pull.start // spec.row, -(-pull.stop // spec.row)
@@ -95,6 +96,14 @@ class LowRank(Source):
             rows += column[:, None] * line  # with the length of the block
         return rows.mul_(update.scale).reshape(-1)[pull.start - first * spec.row : pull.stop - first * spec.row]
 
+    def _factor(self, pull: Pull, name: str) -> Tensor:
+        """A factor as a matrix, read once for a chunk: kernels of convolutions are flattened."""
+        place = id(self), name
+        if place not in pull.raw:
+            spec = self.sources[0].specs[name]
+            pull.raw[place] = entries_of(self.sources[0], name, 0, spec.entries).reshape(spec.shape[0], -1)
+        return pull.raw[place]
+
     @override
     def grain(self, name: str) -> int:
         return self.specs[name].row
@@ -102,14 +111,6 @@ class LowRank(Source):
     @override
     def key(self) -> Hashable:
         return self.sources, tuple(self.updates.items())
-
-
-@lru_cache(maxsize=16)
-def _whole(source: Source, name: str, dtype: torch.dtype) -> Tensor:
-    """A factor as a matrix: kernels of convolutions are flattened."""
-    spec = source.specs[name]
-    flat = entries_of(source, name, 0, spec.entries).to(dtype)
-    return flat.reshape(spec.shape[0], -1)
 
 
 def load_adapter(path: Path, base: Mapping[str, Tensor] | None) -> TaskVector:
@@ -144,8 +145,8 @@ def load_adapter(path: Path, base: Mapping[str, Tensor] | None) -> TaskVector:
     _check_base(shapes | {name: factors.specs[own].shape for name, own in whole.items()}, base)
     if whole:
         replaced = TaskVector.between({name: base[name] for name in whole}, Lazy(Renamed(factors, whole)))
-        source = joined(dict.fromkeys(updates, source) | dict.fromkeys(whole, replaced.source))
-    return TaskVector(mapping_of(source), meta=meta)
+        source = joined(dict.fromkeys(updates, source) | dict.fromkeys(replaced, replaced.source))
+    return TaskVector(mapping_of(source), meta=meta | fingerprint(as_model("base", base)))
 
 
 def _config(path: Path) -> dict[str, Any]:

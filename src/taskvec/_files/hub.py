@@ -19,11 +19,11 @@ from .._engine.names import listed
 from .._engine.run import Lazy
 from .._engine.sources import Spec
 from .._vectors.vector import TaskVector
-from ..errors import FormatError, LocationError
+from ..errors import FormatError, LocationError, TaskvecError
 from .adapters import CONFIG, WEIGHTS, load_adapter
 from .format import DTYPES, INDEX, ORIGIN
 from .pickles import SUFFIXES, open_pickle
-from .safetensors import File, described, shard_names, weight_map
+from .safetensors import File, check_whole, described, shard_names, weight_map
 
 __all__ = ["companions", "is_hub_name", "open_hub"]
 
@@ -74,8 +74,10 @@ class Remote(File):
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text can be a name on the Hub: `org/name[@revision]`, `hf://...`, or a web address."""
-    return text.startswith(("hf://", "https://", "http://")) or NAME.fullmatch(text) is not None
+    """Whether a text can be a name on the Hub: `org/name[@revision]`, `hf://...`, or a web address; no file's name."""
+    if text.startswith(("hf://", "https://", "http://")):
+        return True
+    return NAME.fullmatch(text) is not None and not text.endswith((".safetensors", *SUFFIXES))
 
 
 def open_hub(text: str, base: Mapping[str, Tensor] | None) -> Lazy | TaskVector:
@@ -91,20 +93,28 @@ def open_hub(text: str, base: Mapping[str, Tensor] | None) -> Lazy | TaskVector:
     """
     with _explained(text):
         repository, file = _parsed(text)
-        if file.endswith(SUFFIXES):
-            return open_pickle(Path(_downloaded(repository, file)))
-        if file.endswith(".safetensors"):
-            return _opened(repository, [file])
-        repository = repository._replace(folder=f"{file}/" if file else "")
-        if config := _found(repository, CONFIG):
-            _downloaded(repository, WEIGHTS)
-            return load_adapter(Path(config).parent, base)
-        if index := _found(repository, INDEX):
-            return _opened(repository, shard_names(Path(index)), Path(index))
-        if _has(repository, ONE_FILE):
-            return _opened(repository, [ONE_FILE])
-        if weights := _found(repository, ONE_PICKLE):
-            return open_pickle(Path(weights))
+        found = _file(repository, file) if file.endswith((".safetensors", *SUFFIXES)) else None
+        found = found or _folder(repository._replace(folder=f"{file}/" if file else ""), base)
+        if isinstance(found, TaskVector):
+            return TaskVector(found, meta={**found.meta, ORIGIN: str(repository)})
+        found.metadata = {**found.metadata, ORIGIN: str(repository)}
+        return found
+
+
+def _file(repository: Repository, file: str) -> Lazy:
+    return open_pickle(Path(_downloaded(repository, file))) if file.endswith(SUFFIXES) else _opened(repository, [file])
+
+
+def _folder(repository: Repository, base: Mapping[str, Tensor] | None) -> Lazy | TaskVector:
+    """What a repository, or a folder in it, holds."""
+    if config := _found(repository, CONFIG):
+        _downloaded(repository, WEIGHTS)
+        return load_adapter(Path(config).parent, base)
+    if index := _found(repository, INDEX):
+        return _opened(repository, shard_names(Path(index)), Path(index))
+    for file in (ONE_FILE, ONE_PICKLE):
+        if _has(repository, file):
+            return _file(repository, file)
     raise FormatError(
         f"{repository} holds none of {INDEX}, {ONE_FILE}, {CONFIG} and {ONE_PICKLE}; name the file that is meant: "
         f"hf://{repository}/{repository.folder}weights.safetensors"
@@ -144,7 +154,7 @@ def _opened(repository: Repository, files: list[str], index: Path | None = None)
         said |= metadata
     if index is not None and owner != weight_map(index):
         raise FormatError(f"the shards of {repository} do not hold what {INDEX} says")
-    return Lazy(Remote(repository, owner, specs), metadata=said | {ORIGIN: str(repository)})
+    return Lazy(Remote(repository, owner, specs), metadata=said)
 
 
 def _header(repository: Repository, file: str) -> tuple[dict[str, Spec], dict[str, str]]:
@@ -161,7 +171,9 @@ def _header(repository: Repository, file: str) -> tuple[dict[str, Spec], dict[st
     if wrong:
         raise FormatError(f"{file!r} of {repository} has the dtype {listed(sorted(wrong))}, which is not supported")
     specs = {key: Spec(tuple(t.shape), DTYPES[str(t.dtype)]) for key, t in header.tensors.items()}
-    return specs, dict(cast("Mapping[str, str]", header.metadata or {}))
+    metadata = dict(cast("Mapping[str, str]", header.metadata or {}))
+    check_whole(f"{name} of {repository}", metadata)
+    return specs, metadata
 
 
 @lru_cache(maxsize=1024)
@@ -206,7 +218,7 @@ def _explained(text: str) -> Generator[None]:
 
     try:
         yield
-    except (LocationError, FormatError):
+    except TaskvecError:
         raise
     except errors.RepositoryNotFoundError as error:
         raise LocationError(

@@ -21,7 +21,17 @@ from .._engine.sources import Pull, Source, Spec
 from ..errors import FormatError, LocationError
 from .format import DTYPES
 
-__all__ = ["File", "described", "open_file", "open_folder", "regular", "shard_names", "weight_files", "weight_map"]
+__all__ = [
+    "File",
+    "check_whole",
+    "described",
+    "open_file",
+    "open_folder",
+    "regular",
+    "shard_names",
+    "weight_files",
+    "weight_map",
+]
 
 
 class File(Source):
@@ -90,12 +100,17 @@ def described(path: str) -> _Described:
         FormatError: damaged, or a part of a distributed checkpoint.
     """
     found = _described(path, *_stamp(Path(path)))
-    if "DCP_SHARDING_INFO" in found.metadata:
+    check_whole(path, found.metadata)
+    return found
+
+
+def check_whole(label: str, metadata: Mapping[str, str]) -> None:
+    """Refuse a part of a distributed checkpoint, by the metadata of its header."""
+    if "DCP_SHARDING_INFO" in metadata:
         raise FormatError(
-            f"{path!r} is one part of a distributed checkpoint, whose tensors are cut over several files; join them "
+            f"{label!r} is one part of a distributed checkpoint, whose tensors are cut over several files; join them "
             "first with torch.distributed.checkpoint's consolidate_safetensors_files"
         )
-    return found
 
 
 @lru_cache(maxsize=1024)
