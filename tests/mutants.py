@@ -31,6 +31,7 @@ WORKPLACE = Path("build/mutants")
 COPIED = ("src", "tests", "docs", "examples", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SECONDS = 5  # of tests for one mutant, the quickest ones; what survives them counts as a survivor
 KILLED = {"killed", "timeout", "segfault"}
+collect = mutmut.collect_or_load_stats
 
 
 class Visitor(file_mutation.MutationVisitor):
@@ -81,9 +82,6 @@ def collected_with_limit(*args: object, **kwargs: object) -> None:
     reached = state().tests_by_mangled_function_name
     for function, tests in reached.items():
         reached[function] = quickest(tests)
-
-
-collect = mutmut.collect_or_load_stats
 
 
 def make_mutants() -> None:

@@ -623,6 +623,19 @@ def test_a_lazy_result_has_the_same_bits_whole_and_in_any_runs(rule, options):
         assert same_bits(entries_of(result.source, "b", start, stop), flat[start:stop])
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_measures_of_a_lazy_merge_take_its_own_statistics_first(scope):
+    """A statistic of a rule inside a statistic, over one name, over two, and for a single element."""
+    given = vectors()
+    eager = merge(given, ties, density=0.3, scope=scope)
+    merged = merge(streamed(given), ties, density=0.3, scope=scope)
+    assert merged.is_lazy
+    assert float(merged.norm()) == float(eager.norm())
+    again, expected = (merge([v, v], ties, density=0.5, scope=scope) for v in (merged, eager))
+    assert entries_of(again.source, "head.weight", 1, 2) == expected["head.weight"].reshape(-1)[1]
+    assert_same(dict(again), dict(expected))
+
+
 def test_one_lazy_input_makes_the_result_lazy():
     given = vectors(2)
     mixed = merge([given[0], *streamed(given[1:])], mean)

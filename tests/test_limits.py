@@ -118,6 +118,17 @@ def test_a_patch_must_fit_in_both_directions(size):
         random_patch(2, (1, 4, 4), seed=0, place=(3, 0))
 
 
+def test_a_white_pixel_and_the_first_neuron_are_in_range():
+    adversarial_crops(lambda x: x.flatten(1)[:, :3], torch.ones(1, 1, 4, 4), seed=0, count=2, steps=1)
+    with pytest.raises(RangeError):
+        adversarial_crops(lambda x: x.flatten(1)[:, :3], torch.full((1, 1, 4, 4), 1.5), seed=0, count=2)
+    how = {"aim": 1.0, "seed": 0, "steps": 1}
+    trojan_trigger(lambda x: x.flatten(1), IMAGES, PATCH, neurons=torch.tensor([0]), **how)
+    for neuron in (-1, 16):
+        with pytest.raises(RangeError, match="neurons"):
+            trojan_trigger(lambda x: x.flatten(1), IMAGES, PATCH, neurons=torch.tensor([neuron]), **how)
+
+
 # labels
 
 MODELS: dict[str, Callable[..., Any]] = {
@@ -193,6 +204,9 @@ def test_triggers_are_optimized_for_100_steps_of_64_images_at_a_rate_of_a_fifth(
     one = attack(score, images, start, seed=0, steps=1, **how)
     assert float((one.pattern - start.pattern).abs().max()) == pytest.approx(0.2, rel=1e-3)
     assert float((attack(score, images, start, seed=0, steps=1, lr=0.05, **how).pattern - start.pattern).max()) < 0.06
+    asked.clear()
+    attack(score, images, start, seed=0, steps=2, batch=7, **how)
+    assert set(asked) == {7}
     wide = attack(score, images, start, seed=0, steps=60, bounds=(-9.0, 9.0), **how)
     assert float(wide.pattern.abs().max()) > 1
 

@@ -30,7 +30,14 @@ FLOORS = [
     [
         *("rules", "sparsify", "signs"),
         *("_vectors.model", "_vectors.arithmetic", "_vectors.fingerprint", "_vectors.show"),
-        *("_vectors.measures", "_vectors.vector", "_vectors.backdoor", "_vectors.merge", "_vectors.checks"),
+        *(
+            "_vectors.measures",
+            "_vectors.vector",
+            "_vectors.rounding",
+            "_vectors.backdoor",
+            "_vectors.merge",
+            "_vectors.checks",
+        ),
     ],
     [
         *("merges._sums", "merges._ties", "merges._masks", "merges._choice", "merges._sphere", "merges._regmean"),

@@ -15,8 +15,11 @@ from test_contract import ROWS, Row, label, voted_mean
 from torch import Tensor
 
 from taskvec import TaskVector, merge, merges, signs, sparsify
+from taskvec._engine.pieces import take_alone
 from taskvec._engine.random import key_of
+from taskvec.merges._ties import ties_majority
 from taskvec.rules import HERE, Place, fold
+from taskvec.sparsify import topk_cuts
 
 Rows: TypeAlias = list[list[float]]
 """A vector over a scope: rows of numbers."""
@@ -323,6 +326,18 @@ def test_regmean_is_its_naive_loop(transposed, off_diagonal):
             left = sum(found[row][i] * g[i][j] for g in seen for i in range(4))
             right = sum(float(stack[k, row, i]) * g[i][j] for k, g in enumerate(seen) for i in range(4))
             assert left == pytest.approx(right, rel=1e-9)
+
+
+def test_the_majority_of_weighted_votes_is_that_of_the_weighted_vectors():
+    """Two vectors for plus, one of ten times their weight for minus: the weights turn the majority."""
+    stack = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0], [-1.0, -1.0, -1.0, 0.0]])
+    how = {"zero": "majority", "reduce": "sum"}
+    given = [TaskVector({"a": x, "b": torch.zeros(2)}) for x in stack]
+    for weights, winner in (([1, 1, 1], 1), ([1, 1, 10], -1)):
+        cuts = (1.0, weights, "sum", "majority", True)
+        found = take_alone(ties_majority, stack, HERE, (take_alone(topk_cuts, stack, HERE, cuts[:1]), *cuts[1:]))
+        assert found == winner
+    assert merge(given, merges.ties, weights=[1, 1, 10], weighted_vote=True, **how)["a"][0] == -10
 
 
 def test_the_stack_of_the_loops_has_what_they_must_tell_apart():

@@ -255,9 +255,7 @@ def draw(found: Summary) -> None:
 
 
 def main() -> None:
-    parser = command.options(__doc__, SEEDS)
-    parser.add_argument("--redraw", action="store_true", help="draw the pictures from the kept rows, measure nothing")
-    given = parser.parse_args()
+    given = command.can_redraw(command.options(__doc__, SEEDS)).parse_args()
     if given.redraw:
         draw(report.kept("ladder", "all")["figures"])
         return

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from bench import asking, attackers, data, pictures, report, zoo
+from bench import asking, attackers, command, data, pictures, report, zoo
 from bench import cache as disk
 from bench.attackers import Backdoor, Plan
 from bench.defenders import merged
@@ -153,9 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="vits, one class and seed, nothing written")
     parser.add_argument("--encoder", choices=ENCODERS, action="append", help="one of them only")
-    parser.add_argument("--redraw", action="store_true", help="draw the picture from the kept rows, measure nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    given = parser.parse_args()
+    given = command.can_redraw(parser).parse_args()
     if given.redraw:
         kept = [row for row in report.kept("inherent", "all")["rows"] if row["encoder"] in ENCODERS]
         draw({Point(Setting(row["encoder"]), row["size"], row["target"], row["seed"]): row for row in kept})

@@ -235,9 +235,7 @@ def draw(name: str, rows: Sequence[Mapping[str, disk.Json]]) -> None:
 
 
 def main() -> None:
-    parser = command.suite_options(__doc__, SEEDS)
-    parser.add_argument("--redraw", action="store_true", help="draw the pictures from the kept rows, measure nothing")
-    given = parser.parse_args()
+    given = command.can_redraw(command.suite_options(__doc__, SEEDS)).parse_args()
     if given.redraw:
         name = f"{given.encoder}-{given.task}"
         draw(name, report.kept("sbv", name)["rows"])

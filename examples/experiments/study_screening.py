@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench import attackers, data, defenders, handed, report, zoo
+from bench import attackers, command, data, defenders, handed, report, zoo
 from bench import cache as disk
 from bench.progress import progress
 from bench.zoo import Setting
@@ -158,9 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", choices=["vits", "vit7", "cnn"], default="vits")
     parser.add_argument("--quick", action="store_true", help="two seeds, nothing written")
-    parser.add_argument("--redraw", action="store_true", help="draw the picture from the kept rows, measure nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    given = parser.parse_args()
+    given = command.can_redraw(parser).parse_args()
     if given.redraw:
         kept = report.kept("screening", given.encoder)["rows"]
         draw(given.encoder, {Case(row["kind"], row["task"], row["seed"]): row for row in kept})

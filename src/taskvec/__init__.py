@@ -25,8 +25,8 @@ from ._vectors.backdoor import BackdoorVector as BackdoorVector
 from ._vectors.merge import merge as merge
 from ._vectors.model import rename as rename
 from ._vectors.model import select as select
+from ._vectors.rounding import rounding_loss as rounding_loss
 from ._vectors.vector import TaskVector as TaskVector
-from ._vectors.vector import rounding_loss as rounding_loss
 
 __version__ = "0.1.0"
 

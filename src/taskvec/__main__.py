@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 
+import torch
 from torch import Tensor
 
 from ._engine.run import measure, source_of
@@ -89,17 +90,23 @@ def _compared(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, norms: bool) 
             yield name, *texts, "only in one"
         elif ours.shape != theirs.shape:
             yield name, *texts, "shape"
-        elif norms and ours.dtype.is_floating_point and theirs.dtype.is_floating_point:
+        elif norms and _has_norm(ours) and _has_norm(theirs):
             norm = _norm(TaskVector.between({name: a[name]}, {name: b[name]}, include=[name]).source, name)
             if ours.dtype != theirs.dtype or norm != "0":
                 yield name, *texts, f"norm {norm}"
         elif ours.dtype != theirs.dtype:
             yield name, *texts, "dtype"
+        elif norms and not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a[name], b[name]))):
+            yield name, *texts, "values"
+
+
+def _has_norm(spec: Spec) -> bool:
+    """Whether differences are taken of such a tensor: not of integers, and not of float8."""
+    return spec.dtype.is_floating_point and spec.dtype.itemsize > 1
 
 
 def _norm(source: Source, name: str) -> str:
-    spec = source.specs[name]
-    if not spec.dtype.is_floating_point or spec.dtype.itemsize == 1:
+    if not _has_norm(source.specs[name]):
         return ""
     try:
         return f"{sqrt(measure([source], [name], squares)):.4g}"

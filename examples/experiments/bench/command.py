@@ -29,6 +29,12 @@ def suite_options(doc: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
     return parser
 
 
+def can_redraw(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same parser, which knows --redraw too."""
+    parser.add_argument("--redraw", action="store_true", help="draw the pictures from the kept rows, measure nothing")
+    return parser
+
+
 def by_seed(of_seed: Callable[[int], T], seeds: Sequence[int], workers: int) -> dict[int, T]:
     """A function of every seed, in so many processes, and how it goes."""
     found = {}

@@ -3,14 +3,14 @@
 The client does the rest: where names point, tokens, the cache, and working offline from it.
 """
 
-import os
 import re
 from collections.abc import Generator, Hashable, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from typing_extensions import override
@@ -129,10 +129,14 @@ def companions(repository: Repository, patterns: tuple[str, ...]) -> dict[str, P
         return {name: Path(_downloaded(repository, name)) for name in wanted}
 
 
+def _client() -> Any:
+    """The Hub's client: imported only where it is needed, for that takes time; its own types are unknown in part."""
+    return import_module("huggingface_hub")
+
+
 def _parsed(text: str) -> tuple[Repository, str]:
     """The repository that a text names, its revision resolved to a commit, and the path within it."""
-    import huggingface_hub as hub  # noqa: PLC0415 - only where it is needed: its import takes time
-
+    hub = _client()
     uri = hub.parse_hf_uri(text if "://" in text else f"hf://{text}", endpoint=hub.constants.ENDPOINT)
     if uri.type != "model":
         raise LocationError(f"{text!r} is a {uri.type} on the Hub, not a model")
@@ -159,8 +163,7 @@ def _opened(repository: Repository, files: list[str], index: Path | None = None)
 
 def _header(repository: Repository, file: str) -> tuple[dict[str, Spec], dict[str, str]]:
     """Names, shapes and dtypes of one file, from the cache or by a request for its first bytes."""
-    import huggingface_hub as hub  # noqa: PLC0415 - only where it is needed: its import takes time
-
+    hub = _client()
     name = repository.folder + file
     cached = hub.try_to_load_from_cache(repository.name, name, revision=repository.commit)
     if isinstance(cached, str):
@@ -171,17 +174,14 @@ def _header(repository: Repository, file: str) -> tuple[dict[str, Spec], dict[st
     if wrong:
         raise FormatError(f"{file!r} of {repository} has the dtype {listed(sorted(wrong))}, which is not supported")
     specs = {key: Spec(tuple(t.shape), DTYPES[str(t.dtype)]) for key, t in header.tensors.items()}
-    metadata = dict(cast("Mapping[str, str]", header.metadata or {}))
+    metadata = dict[str, str](header.metadata or {})
     check_whole(f"{name} of {repository}", metadata)
     return specs, metadata
 
 
 @lru_cache(maxsize=1024)
 def _downloaded(repository: Repository, file: str) -> str:
-    import huggingface_hub as hub  # noqa: PLC0415 - only where it is needed: its import takes time
-
-    client: Any = hub  # its own types are unknown in part
-    return client.hf_hub_download(repository.name, repository.folder + file, revision=repository.commit)
+    return _client().hf_hub_download(repository.name, repository.folder + file, revision=repository.commit)
 
 
 def _found(repository: Repository, file: str) -> str | None:
@@ -196,26 +196,22 @@ def _has(repository: Repository, file: str) -> bool:
 @lru_cache(maxsize=64)
 def _files(repository: Repository) -> list[str]:
     """The names of all files: from the Hub, or of those in the cache where it cannot be reached."""
-    import huggingface_hub as hub  # noqa: PLC0415 - only where it is needed: its import takes time
-
+    hub = _client()
     try:
-        return hub.HfApi().list_repo_files(repository.name, revision=repository.commit)
+        return list[str](hub.HfApi().list_repo_files(repository.name, revision=repository.commit))
     except Exception:
-        cache = Path(hub.constants.HF_HUB_CACHE) / hub.file_download.repo_folder_name(
-            repo_id=repository.name, repo_type="model"
-        )
-        folder = cache / "snapshots" / repository.commit
-        names = [os.fspath(path.relative_to(folder)) for path in folder.rglob("*")] if folder.is_dir() else []
-        if not names:
+        files: Any = import_module("huggingface_hub.file_download")
+        name: str = files.repo_folder_name(repo_id=repository.name, repo_type="model")
+        folder = Path(hub.constants.HF_HUB_CACHE) / name / "snapshots" / repository.commit
+        if not folder.is_dir():
             raise
-        return names
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
 
 
 @contextmanager
 def _explained(text: str) -> Generator[None]:
     """Errors of the client as ours, with what can be done."""
-    from huggingface_hub import errors  # noqa: PLC0415
-
+    errors: Any = import_module("huggingface_hub.errors")
     try:
         yield
     except TaskvecError:
@@ -234,8 +230,7 @@ def _explained(text: str) -> Generator[None]:
     except errors.SafetensorsParsingError as error:
         raise FormatError(f"{text!r} holds no intact safetensors: {error}") from error
     except Exception as error:
-        own = cast("Any", error)
         raise LocationError(
             f"{text!r} is neither a file nor a folder here, and as a name on the Hub it could not be read: "
-            f"{type(own).__name__}: {own}"
+            f"{type(error).__name__}: {error}"
         ) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._engine.names import ABSENT, by_name, listed, unmatched
-from .._engine.sources import Derived, Pull, Source, frozen
+from .._engine.sources import Derived, Memory, Pull, Source, Spec, elementwise, frozen, renamed
 from ..errors import MismatchError, MissingError, RangeError
 
 Scale: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
@@ -154,3 +154,24 @@ def scales_of(scale: Scale, names: Sequence[str]) -> dict[str, float | Tensor]:
         if not is_number(value):
             raise RangeError(f"scale must be a number, a 0-d tensor or a mapping of patterns to either; got {value!r}")
     return {name: number(value) for name, value in found.items()}
+
+
+def differences(base: Source, tuned: Source, specs: Mapping[str, Spec], dtype: torch.dtype | None) -> Source:
+    """The differences of some tensors; each model is converted once, however many vectors it is part of."""
+    names = {name: name for name in specs}
+    if isinstance(base, Memory) and isinstance(tuned, Memory):
+        return elementwise(difference, renamed(base, names), renamed(tuned, names), args=(dtype,))
+    if dtype is not None:
+        dtypes = dict.fromkeys(names, dtype)
+        return Derived(difference, [renamed(base, names), renamed(tuned, names)], (dtype,), dtypes)
+    return Derived(difference, [renamed(widened(base), names), renamed(widened(tuned), names)])
+
+
+def applied_now(base: Memory, vector: Memory, result: Applied) -> dict[str, Tensor]:
+    """A vector applied in memory; gradients flow to the vector and to its scales."""
+    for name in result.names:
+        result.device(name)
+    return {
+        name: applied(old, vector.tensors[own], result.scales[own]) if (own := result.names.get(name)) else old.clone()
+        for name, old in base.tensors.items()
+    }

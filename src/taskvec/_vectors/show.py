@@ -5,6 +5,7 @@ from html import escape
 
 from torch import Tensor
 
+from .._engine.sources import Memory, Source
 from ..errors import NonFiniteError
 
 
@@ -15,6 +16,30 @@ def layer_of(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: i + 1])
     return parts[0]
+
+
+def by_layer_name(names: Sequence[str]) -> dict[str, list[str]]:
+    """The names of each layer, in order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(layer_of(name), []).append(name)
+    return found
+
+
+def entries_in(source: Source) -> int:
+    """The number of entries of all tensors."""
+    return sum(spec.entries for spec in source.specs.values())
+
+
+def summary(kind: str, source: Source, norm: Callable[[], Tensor]) -> str:
+    """A vector in one line; of a lazy one nothing is read."""
+    specs = source.specs.values()
+    dtypes = ", ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})) or "no dtype"
+    size = f"{len(specs)} tensor{'s' * (len(specs) != 1)}, {entries_in(source):,} entries"
+    if not isinstance(source, Memory):
+        return f"{kind}({size}, lazy, {dtypes})"
+    devices = ", ".join(sorted({str(source.device(name)) for name in source.specs})) or "nowhere"
+    return f"{kind}({size}, norm {norm_text(norm)}, {dtypes} on {devices})"
 
 
 def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,15 +15,15 @@ from .._engine.lift import lift
 from .._engine.marks import Leaf, check_kind_of_rule
 from .._engine.names import Patterns, check_aligned, listed, matching
 from .._engine.run import Lazy, mapping_of, measure, source_of
-from .._engine.sources import Derived, Memory, Source, Spec, elementwise, joined, renamed
+from .._engine.sources import Memory, Source, elementwise, joined, renamed
 from .._engine.totals import gram
 from ..errors import DegenerateError, DtypeError, MismatchError, MissingError, NonFiniteError, OptionError
 from .arithmetic import (
     Applied,
     Scale,
-    applied,
+    applied_now,
     copied,
-    difference,
+    differences,
     divided,
     is_number,
     minus,
@@ -33,7 +33,6 @@ from .arithmetic import (
     plus,
     scales_of,
     times,
-    widened,
 )
 from .fingerprint import common_meta, fingerprint
 from .measures import far, not_finite, squares
@@ -49,9 +48,9 @@ from .model import (
     new_names,
     tied_sources,
 )
-from .show import html_table, layer_of, norm_text, share_text
+from .show import by_layer_name, entries_in, html_table, norm_text, share_text, summary
 
-__all__ = ["TaskVector", "rounding_loss"]
+__all__ = ["TaskVector", "check_vector", "check_weights", "common_type"]
 
 TIED = "tied"  # the key of `meta` that keeps which names were one tensor
 
@@ -145,7 +144,7 @@ class TaskVector(Mapping[str, Tensor]):
         check_apart(base.source, tuned.source, specs[left[0]], left[0], right[0])
         kept = {a: b for a, b in tied.items() if b in specs[left[0]]}
         meta = fingerprint(base) | ({TIED: json.dumps(kept)} if kept else {})
-        return cls(mapping_of(_difference(base.source, tuned.source, specs[left[0]], dtype)), meta=meta)
+        return cls(mapping_of(differences(base.source, tuned.source, specs[left[0]], dtype)), meta=meta)
 
     @property
     def source(self) -> Source:
@@ -415,7 +414,7 @@ class TaskVector(Mapping[str, Tensor]):
         check_aligned({"the vector": own, "the base": {name: model.specs[name] for name in own}}, "apply")
         result = Applied(model.source, self._source, scales_of(scale, list(self)), names)
         if isinstance(model.source, Memory) and isinstance(self._source, Memory):
-            return _applied_now(model.source, self._source, result)
+            return applied_now(model.source, self._source, result)
         return Lazy(result, tied=model.tied)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -431,54 +430,25 @@ class TaskVector(Mapping[str, Tensor]):
 
     @override
     def __repr__(self) -> str:
-        specs = self._source.specs.values()
-        entries = sum(spec.entries for spec in specs)
-        dtypes = ", ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})) or "no dtype"
-        size = f"{len(self)} tensor{'s' * (len(self) != 1)}, {entries:,} entries"
-        if self.is_lazy:
-            return f"{type(self).__name__}({size}, lazy, {dtypes})"
-        devices = ", ".join(sorted({str(self._source.device(name)) for name in self})) or "nowhere"
-        return f"{type(self).__name__}({size}, norm {norm_text(self.norm)}, {dtypes} on {devices})"
+        return summary(type(self).__name__, self._source, self.norm)
 
     def _repr_html_(self) -> str:
         if self.is_lazy:
             return f"<code>{self!r}</code>"
-        groups: dict[str, list[str]] = {}
-        for name in self:
-            groups.setdefault(layer_of(name), []).append(name)
-        rows: list[tuple[str, ...]] = []
-        for group, names in groups.items():
-            part = self.under({name: name for name in names})
-            entries = sum(self[name].numel() for name in names)
-            rows.append(
-                (group, str(len(names)), f"{entries:,}", norm_text(part.norm), share_text(part.norm, self.norm))
+        layers = {
+            layer: self.under({name: name for name in names}) for layer, names in by_layer_name(list(self)).items()
+        }
+        rows = [
+            (
+                layer,
+                str(len(part)),
+                f"{entries_in(part.source):,}",
+                norm_text(part.norm),
+                share_text(part.norm, self.norm),
             )
+            for layer, part in layers.items()
+        ]
         return html_table(repr(self), ("layers", "tensors", "entries", "norm", "share of norm²"), rows)
-
-
-def rounding_loss(vector: TaskVector, base: Mapping[str, Tensor], scale: float = 1.0) -> float:
-    """The fraction of a vector's non-zero entries that change nothing, because the base's dtype is too coarse.
-
-    Args:
-        vector: differences, in float32.
-        base: the model it would be applied to, such as one in bfloat16.
-        scale: the scaling coefficient.
-
-    Returns:
-        A fraction in [0, 1]; 0 for a vector of zeros.
-
-    Examples:
-        >>> base = {"w": torch.ones(2, dtype=torch.bfloat16)}
-        >>> rounding_loss(TaskVector({"w": torch.tensor([1e-4, 0.5])}), base)
-        0.5
-    """
-    changed, asked = 0, 0
-    result = vector.apply(base, scale)
-    for name in vector:
-        moves = vector[name] != 0
-        asked += int(moves.sum())
-        changed += int((moves & (result[name] != base[name])).sum())
-    return 1 - changed / asked if asked else 0.0
 
 
 def check_weights(label: str, model: object) -> None:
@@ -494,27 +464,6 @@ def check_weights(label: str, model: object) -> None:
 def _as_weights(label: str, model: Mapping[str, Tensor]) -> Model:
     check_weights(label, model)
     return as_model(label, model)
-
-
-def _difference(base: Source, tuned: Source, specs: Mapping[str, Spec], dtype: torch.dtype | None) -> Source:
-    """The differences of some tensors; each model is converted once, however many vectors it is part of."""
-    names = {name: name for name in specs}
-    if isinstance(base, Memory) and isinstance(tuned, Memory):
-        return elementwise(difference, renamed(base, names), renamed(tuned, names), args=(dtype,))
-    if dtype is not None:
-        dtypes = dict.fromkeys(names, dtype)
-        return Derived(difference, [renamed(base, names), renamed(tuned, names)], (dtype,), dtypes)
-    return Derived(difference, [renamed(widened(base), names), renamed(widened(tuned), names)])
-
-
-def _applied_now(base: Memory, vector: Memory, result: Applied) -> dict[str, Tensor]:
-    """A vector applied in memory; gradients flow to the vector and to its scales."""
-    for name in result.names:
-        result.device(name)
-    return {
-        name: applied(old, vector.tensors[own], result.scales[own]) if (own := result.names.get(name)) else old.clone()
-        for name, old in base.tensors.items()
-    }
 
 
 def _combine(f: Callable[..., Tensor], doing: str, left: TaskVector, right: TaskVector) -> TaskVector:
