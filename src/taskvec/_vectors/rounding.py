@@ -21,6 +21,7 @@ def rounding_loss(vector: TaskVector, base: Mapping[str, Tensor], scale: float =
         A fraction in [0, 1]; 0 for a vector of zeros.
 
     Examples:
+        >>> import torch
         >>> base = {"w": torch.ones(2, dtype=torch.bfloat16)}
         >>> rounding_loss(TaskVector({"w": torch.tensor([1e-4, 0.5])}), base)
         0.5
