@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"
 
 import free_lunch as experiment
 from bench import texts
+from bench.finetuning import batches
 from bench.texts import Rows
 
 # data
@@ -79,13 +80,14 @@ def test_rows_of_one_label_are_no_task():
 
 
 def test_every_row_is_in_one_batch_of_each_epoch():
-    tokens = [[1] * (1 + i % 9) for i in range(333)]
-    recipe = texts.Recipe(epochs=2, batch=32)
-    batches = list(texts._batches(tokens, recipe, seed=0))
-    assert len(batches) == 2 * 11
-    for epoch in (batches[:11], batches[11:]):
+    lengths = [1 + i % 9 for i in range(333)]
+    found = batches(lengths, 32, 2, seed=0)
+    assert len(found) == 2 * 11
+    for epoch in (found[:11], found[11:]):
         assert sorted(i for batch in epoch for i in batch) == list(range(333))
-    assert batches[:11] != batches[11:]
+    assert found[:11] != found[11:]
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in found]
+    assert sorted(spread)[len(spread) // 2] <= 1, "rows of like length come together"
 
 
 def test_padding_is_masked():

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from taskvec import defenses
 from taskvec.calibration import linear_grams
 
 from . import cache as disk
+from . import finetuning
 
 DOMAINS = {
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -238,38 +239,19 @@ def _trained(rows: Rows, recipe: Recipe, seed: int, classes: int) -> dict[str, T
     model.train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (recipe.frozen_embeddings and ".embeddings." in name))
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(leaves, lr=recipe.lr, weight_decay=0.01)
     tokens, labels = _tokens(rows.texts), torch.tensor(rows.labels)
     counts = torch.bincount(labels, minlength=classes)
     weight = len(labels) / (classes * counts.clamp(min=1)) if recipe.balanced else torch.ones(classes)
-    torch.manual_seed(seed)
-    steps = recipe.epochs * -(-len(tokens) // recipe.batch)
-    for step, chosen in enumerate(_batches(tokens, recipe, seed)):
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (step + 1) / (0.06 * steps)) * (1 - step / steps)
-        optimizer.zero_grad()
+
+    def loss(chosen: list[int]) -> Tensor:
         ids, mask = _padded([tokens[i] for i in chosen])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask).logits
-        F.cross_entropy(logits.float(), labels[chosen], weight=weight.float()).backward()
-        nn.utils.clip_grad_norm_(leaves, 1.0)
-        optimizer.step()
+        return F.cross_entropy(logits.float(), labels[chosen], weight=weight.float())
+
+    lengths = [len(row) for row in tokens]
+    finetuning.fit(model, finetuning.batches(lengths, recipe.batch, recipe.epochs, seed), loss, lr=recipe.lr, seed=seed)
     return {name: x.detach().clone() for name, x in model.state_dict().items()}
-
-
-def _batches(tokens: Sequence[list[int]], recipe: Recipe, seed: int) -> Iterator[list[int]]:
-    """Batches of rows of like length, in random order, so that little is padded."""
-    shuffle = random.Random(seed)  # noqa: S311 - an order, no secret
-    for _ in range(recipe.epochs):
-        order = list(range(len(tokens)))
-        shuffle.shuffle(order)
-        window = 50 * recipe.batch
-        order = [
-            i for a in range(0, len(order), window) for i in sorted(order[a : a + window], key=lambda i: len(tokens[i]))
-        ]
-        batches = [order[a : a + recipe.batch] for a in range(0, len(order), recipe.batch)]
-        shuffle.shuffle(batches)
-        yield from batches
 
 
 def _tokens(texts: Sequence[str]) -> list[list[int]]:
