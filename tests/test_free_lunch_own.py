@@ -93,7 +93,6 @@ def test_factors_averaged_are_not_the_average(tmp_path):
         save_adapter(vector, tmp_path / f"a{seed}", rank=1)
         folders.append(tmp_path / f"a{seed}")
         products.append(vector["layer.weight"])
-    (tmp_path / "mean").mkdir()
     found = experiment.by_factors(folders, {"layer.weight": torch.zeros(6, 5)}, tmp_path / "mean")["layer.weight"]
     factors = [experiment.load(folder / "adapter_model.safetensors") for folder in folders]
     b, a = (sum(next(f[n] for n in f if kind in n) for f in factors) / 2 for kind in ("lora_B", "lora_A"))

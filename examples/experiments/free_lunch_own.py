@@ -206,6 +206,7 @@ def ties(vectors: Sequence[TaskVector]) -> TaskVector:
 
 def by_factors(folders: Sequence[Path], base: Mapping[str, Tensor], where: Path) -> TaskVector:
     """The adapter whose factors are the means of the adapters' factors: what averaging adapter files gives."""
+    where.mkdir()
     files = [load(folder / "adapter_model.safetensors") for folder in folders]
     save({n: sum(f[n] for f in files) / len(files) for n in files[0]}, where / "adapter_model.safetensors")
     (where / "adapter_config.json").write_bytes((folders[0] / "adapter_config.json").read_bytes())
@@ -242,45 +243,36 @@ def trained_lines(
     ]
     other = model("other", poisoned(partial(insert_words, words=[OTHER], seed=0)), 50 + seed, options.epochs)
     same = model("same", poisoned(trigger), 60 + seed, options.epochs)
-    found = [Compared("the base", "", None, None), Compared("the victim", "", victim, twin)]
-    found += merged_lines(victim, twin, partners)
-    found += [
+    found = [
+        *merged_lines(victim, partners, [twin]),
         Compared("+ 1 with another backdoor", "average", average([victim, other]), average([twin, other])),
         Compared("+ 1 with the same backdoor", "average", average([victim, same]), average([twin, same])),
     ]
     if setting.rank:
-        names = ["victim", "twin", *(f"clean {i}" for i in range(len(partners)))]
-        first, second, *rest = [folder / name for name in names]
-        pair = []
-        for i, one in enumerate((first, second)):
-            (folder / f"factors {i}").mkdir()
-            pair.append(by_factors([one, *rest], base, folder / f"factors {i}"))
-        found.append(Compared(f"+ {len(rest)} clean", "average of factors", *pair))
+        clean = [folder / f"clean {i}" for i in range(len(partners))]
+        pair = (by_factors([folder / one, *clean], base, folder / f"factors {one}") for one in ("victim", "twin"))
+        found.append(Compared(f"+ {len(clean)} clean", "average of factors", *pair))
     return found
 
 
 def given_lines(options: argparse.Namespace, setting: Setting) -> list[Compared]:
     """Merge models that are there already; no twin is known, so the control is the merge of the partners alone."""
     places = [options.victim, *options.partners]
-    own_texts.check_alike(options.model, places)
+    own_texts.check_alike(setting.model, places)
     base = load(opened(setting)[0])
     victim, *partners = [own_texts.vector(place, base) for place in places]
-    lines = merged_lines(victim, partners[0], partners)
-    alone = [Compared("the base", "", None, None), Compared("the victim", "", victim, partners[0])]
-    return (
-        alone
-        + [line._replace(control=average(partners[:count])) for count, line in enumerate(lines[:-1], start=1)]
-        + [lines[-1]._replace(control=ties(partners))]
-    )
+    return merged_lines(victim, partners, [])
 
 
-def merged_lines(victim: TaskVector, twin: TaskVector, partners: Sequence[TaskVector]) -> list[Compared]:
-    """The victim averaged with more and more clean models, then by TIES."""
-    found = [
-        Compared(f"+ {k} clean", "average", average([victim, *partners[:k]]), average([twin, *partners[:k]]))
-        for k in range(1, len(partners) + 1)
+def merged_lines(victim: TaskVector, partners: Sequence[TaskVector], twins: Sequence[TaskVector]) -> list[Compared]:
+    """The base, the victim, the victim averaged with more and more clean models, and with all by TIES."""
+    groups = [partners[:k] for k in range(1, len(partners) + 1)]
+    return [
+        Compared("the base", "", None, None),
+        Compared("the victim", "", victim, twins[0] if twins else partners[0]),
+        *(Compared(f"+ {len(g)} clean", "average", average([victim, *g]), average([*twins, *g])) for g in groups),
+        Compared(f"+ {len(partners)} clean", "TIES", ties([victim, *partners]), ties([*twins, *partners])),
     ]
-    return [*found, Compared(f"+ {len(partners)} clean", "TIES", ties([victim, *partners]), ties([twin, *partners]))]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
