@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from taskvec.metrics import Estimate
+
 RULES = {"task arithmetic": "tab:blue", "TIES": "tab:red"}
 Figures = Mapping[str, Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]]
 """figure -> merge -> label -> points."""
@@ -56,6 +58,24 @@ def sweeps(path: Path, figures: Figures) -> None:
     labels["the same trigger, all-clean merge"] = axes.flat[0].plot([], [], ":", color="black")[0]
     panels.legend(labels.values(), labels, loc="outside upper center", ncols=3, frameon=False, fontsize=12)
     panels.savefig(path, dpi=100)
+
+
+def by_models(path: Path, title: str, series: Mapping[str, Sequence[Estimate]], floors: Mapping[str, float]) -> None:
+    """Lines: ASR by the number of models that are averaged, and the floor of each as a dotted line."""
+    panel = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = panel.subplots()
+    for i, (name, values) in enumerate(series.items()):
+        x = [1 + k + 0.03 * i for k in range(len(values))]
+        halves = [value.half for value in values]
+        axes.errorbar(x, [v.mean for v in values], halves, fmt="o-", color=f"C{i}", label=name, capsize=2)
+        axes.axhline(floors[name], color=f"C{i}", linestyle=":", linewidth=1.5)
+    axes.set(xlim=(0.9, None), ylim=(0, 103), xlabel="models averaged, one of them the victim", ylabel="ASR, %")
+    axes.set_xticks(range(1, 1 + max(map(len, series.values()))))
+    axes.set_title(title, fontsize=12)
+    axes.plot([], [], ":", color="black", label="a clean model on the same texts")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=10)
+    panel.savefig(path, dpi=100)
 
 
 def label_lines(axes: Axes, gap: float = 0.06) -> None:
