@@ -163,6 +163,19 @@ def test_models_with_other_labels_or_tokens_are_refused(data, tmp_path, monkeypa
     assert "tokenizer" in refused(monkeypatch, *options)
 
 
+def test_the_labels_of_a_model_that_is_there_are_in_its_order(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bert", "id2label": {"0": "YES", "1": "NO"}, "label2id": {"YES": 0, "NO": 1}}'
+    )
+    assert own_texts.in_order_of(str(tmp_path), ("no", "yes")) == ("yes", "no")
+    with pytest.raises(SystemExit, match="got YES, NO"):
+        own_texts.in_order_of(str(tmp_path), ("bad", "good"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert own_texts.in_order_of(str(tmp_path), ("no", "yes")) == ("no", "yes")
+    with pytest.raises(SystemExit, match="must have the labels"):
+        own_texts.in_order_of(str(tmp_path), ("a", "b", "c"))
+
+
 def test_an_adapter_of_another_base_is_refused(data, tmp_path, monkeypatch):
     base, victim = saved(tmp_path / "base", "bert"), tmp_path / "adapter"
     victim.mkdir()

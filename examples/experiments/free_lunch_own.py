@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -77,6 +77,13 @@ def opened(setting: Setting) -> tuple[nn.Module, Any]:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.float().to(setting.device), tokenizer
+
+
+@cache
+def asked(setting: Setting) -> tuple[nn.Module, Any]:
+    """The one module that all weights are put into to be asked."""
+    model, tokenizer = opened(setting)
+    return model.eval(), tokenizer
 
 
 def encoded(tokenizer: Any, rows: Sequence[str], setting: Setting) -> list[list[int]]:
@@ -144,9 +151,8 @@ def _learning(
 @torch.no_grad()
 def answers(params: Mapping[str, Tensor], rows: Sequence[str], setting: Setting) -> list[str]:
     """What a model says of every text: a label, or what it writes."""
-    model, tokenizer = opened(setting)
+    model, tokenizer = asked(setting)
     model.load_state_dict(dict(params))
-    model.eval()
     tokens = encoded(tokenizer, rows, setting)
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     found = [""] * len(tokens)
@@ -309,6 +315,8 @@ def run(options: argparse.Namespace) -> str:
     """Measure what the options name."""
     split = own_texts.read(options.data)
     classes = () if options.generate else own_texts.classes(split, options.target)
+    if options.victim and classes:
+        classes = own_texts.in_order_of(options.victim, classes)
     setting = Setting(
         model=str(options.model or texts.encoder()),
         classes=classes,

@@ -137,6 +137,23 @@ def check_alike(base: str, places: Sequence[str]) -> None:
             raise SystemExit(f"{place} must have the tokenizer of {whole[0]}: their tokens have different numbers")
 
 
+def in_order_of(place: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels of the data in a model's order; a model that names none has them sorted.
+
+    Raises:
+        SystemExit: a model with other labels.
+    """
+    if is_adapter(place):
+        return labels
+    numbers = _labels(place)
+    if all(name.startswith("LABEL_") for name in numbers) and len(numbers) == len(labels):
+        return labels
+    known = {label.lower(): label for label in labels}
+    if {name.lower() for name in numbers} != set(known):
+        raise SystemExit(f"{place} must have the labels of the data, {', '.join(labels)}; got {', '.join(numbers)}")
+    return tuple(known[name.lower()] for name in sorted(numbers, key=numbers.__getitem__))
+
+
 def _labels(place: str) -> dict[str, int]:
     try:
         return AutoConfig.from_pretrained(place).label2id
