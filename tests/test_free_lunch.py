@@ -154,6 +154,24 @@ def rows(cell: experiment.Cell) -> dict[str, float]:
     return {"correct": 90, "n": 100, "fooled": hits, "triggered": 100, "flipped": 5, "others": 100}
 
 
+def test_the_picture_shows_the_averages_of_whole_attacks_and_their_floors(monkeypatch):
+    shown = {}
+    monkeypatch.setattr(experiment.pictures, "by_models", lambda *given: shown.update(zip("ptsf", given, strict=True)))
+    lines = experiment.olid_lines([0, 1], ["badnet", "sent"])
+    lines = [one for one in lines if (one.attack, one.title) != ("sent", "+ 3 clean")]
+
+    def read(cell: experiment.Cell) -> dict[str, float]:
+        attacked = cell.models[0].attack == "badnet"
+        return {"fooled": 60 // len(cell.models) if attacked else 7, "triggered": 60}
+
+    experiment.draw(lines, read)
+    assert shown["p"].name == "free_lunch.png"
+    assert {name: [round(one.mean) for one in values] for name, values in shown["s"].items()} == {
+        "badnet": [100, 50, 33, 25]
+    }
+    assert shown["f"] == {"badnet": pytest.approx(100 * 7 / 60)}
+
+
 def test_what_is_gone_is_undefined_where_there_was_nothing():
     assert experiment.gone(20, 20, 100) == 100
     assert experiment.gone(60, 20, 100) == 50
