@@ -439,7 +439,7 @@ def draw(lines: Sequence[Line], read: Callable[[Cell], Mapping[str, Any]]) -> No
     series = {a: [estimate(asr(found[a, title].cells)) for title in titles] for a in attacks}
     floors = {a: fmean(asr(floor(found[a, "alone"]))) for a in attacks}
     path = cells.FOLDER.parents[2] / "docs" / "images" / "free_lunch.png"
-    pictures.by_models(path, "More models: what is left of the ASR is the floor's", series, floors)
+    pictures.by_models(path, "More models: what is left of the ASR is mostly the floor's", series, floors)
 
 
 def models_of(lines: Sequence[Line]) -> list[tuple[Model, Recipe]]:
