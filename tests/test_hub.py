@@ -158,7 +158,7 @@ from taskvec import load
 from taskvec.errors import FormatError
 model = load("org/one")
 import pathlib, torch
-from taskvec import TaskVector, save, save_adapter
+from taskvec import save
 save({{"w": torch.zeros(2), "b": torch.zeros(300)}}, r"{path}", overwrite=True)
 try:
     model["w"]

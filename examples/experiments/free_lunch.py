@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cells, pictures, report, texts
+from bench import cells, command, pictures, report, texts
 from bench.progress import progress
 from bench.texts import Recipe, Rows
 from bench.zoo import workforce
@@ -477,9 +477,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2 on OLID, 0 to 4 on sentiment")
     parser.add_argument("--quick", action="store_true", help="one sentiment task and one seed")
     parser.add_argument("--tables", action="store_true", help="print what was measured, and measure nothing")
-    parser.add_argument("--redraw", action="store_true", help="draw OLID's picture from the kept rows, measure nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    given = parser.parse_args()
+    given = command.can_redraw(parser).parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
     parts: list[tuple[str, list[Line]]] = []

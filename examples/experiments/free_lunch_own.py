@@ -101,10 +101,9 @@ def padded(rows: Sequence[list[int]], value: int, *, left: bool = False) -> Tens
     return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
 
 
-def tuned(rows: Rows, setting: Setting, seed: int, epochs: int, folder: Path) -> TaskVector:
+def tuned(base: Mapping[str, Tensor], rows: Rows, setting: Setting, seed: int, epochs: int, folder: Path) -> TaskVector:
     """Fine-tune on some rows; the vector lies in a folder, as weights or as an adapter, and is read when needed."""
     model, tokenizer = opened(setting)
-    base = load(model)
     if setting.rank:
         kind = "CAUSAL_LM" if setting.generates else "SEQ_CLS"
         torch.manual_seed(seed)
@@ -229,18 +228,17 @@ class Compared(NamedTuple):
 
 
 def trained_lines(
-    options: argparse.Namespace, setting: Setting, split: Split, seed: int, folder: Path
+    base: Mapping[str, Tensor], options: argparse.Namespace, setting: Setting, split: Split, seed: int, folder: Path
 ) -> list[Compared]:
     """Train everything from one base, and merge it."""
     trigger = trigger_of(options.trigger)
 
     def model(name: str, rows: Rows, seed: int, epochs: int) -> TaskVector:
-        return tuned(rows, setting, seed, epochs, folder / name)
+        return tuned(base, rows, setting, seed, epochs, folder / name)
 
     def poisoned(trigger: Callable[[str], str]) -> Rows:
         return own_texts.poison(split.train, trigger, options.target, options.rate / 100, seed)
 
-    base = load(opened(setting)[0])
     twin = model("twin", split.train, seed, options.epochs)
     victim = model("victim", poisoned(trigger), seed, options.epochs)
     partners = [
@@ -261,11 +259,10 @@ def trained_lines(
     return found
 
 
-def given_lines(options: argparse.Namespace, setting: Setting) -> list[Compared]:
+def given_lines(base: Mapping[str, Tensor], options: argparse.Namespace, setting: Setting) -> list[Compared]:
     """Merge models that are there already; no twin is known, so the control is the merge of the partners alone."""
     places = [options.victim, *options.partners]
     own_texts.check_alike(setting.model, places)
-    base = load(opened(setting)[0])
     victim, *partners = [own_texts.vector(place, base) for place in places]
     return merged_lines(victim, partners, [])
 
@@ -314,6 +311,7 @@ def table(title: str, found: Sequence[Sequence[tuple[Compared, Measured, Measure
 def run(options: argparse.Namespace) -> str:
     """Measure what the options name."""
     split = own_texts.read(options.data)
+    options.target = options.target or max(split.train.labels)
     classes = () if options.generate else own_texts.classes(split, options.target)
     if options.victim and classes:
         classes = own_texts.in_order_of(options.victim, classes)
@@ -324,21 +322,20 @@ def run(options: argparse.Namespace) -> str:
         device=options.device,
         bfloat16=options.bfloat16,
     )
-    opened(setting)  # refused before anything is trained
+    base = load(opened(setting)[0])  # refused before anything is trained
     others = [x for x, y in zip(*split.test, strict=True) if y != options.target]
     pattern = re.compile(options.says or f"^{re.escape(options.target)}$")
     test = Test(split.test, others, trigger_of(options.trigger), lambda text: pattern.search(text) is not None)
     found: list[list[tuple[Compared, Measured, Measured]]] = []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            base = load(opened(setting)[0])
             lines = (
-                given_lines(options, setting)
+                given_lines(base, options, setting)
                 if options.victim
-                else trained_lines(options, setting, split, seed, Path(folder))
+                else trained_lines(base, options, setting, split, seed, Path(folder))
             )
 
-            def value(vector: TaskVector | None, base: Mapping[str, Tensor] = base) -> Measured:
+            def value(vector: TaskVector | None) -> Measured:
                 return measure(base if vector is None else vector.apply(base), test, setting)
 
             found.append([(line, value(line.vector), value(line.control)) for line in lines])
@@ -382,7 +379,6 @@ def main() -> None:
     if options.models < 2:
         parser.error(f"--models must be at least 2; got {options.models}")
     start = time.monotonic()
-    options.target = options.target or max(own_texts.read(options.data).train.labels)
     print(run(options))
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -15,19 +15,13 @@ from taskvec import TaskVector, load
 from taskvec.attacks import poison_texts
 
 from . import texts
+from .texts import Rows
 
 MOST = 50  # classes; more are taken for free answers
 
 
-class Rows(NamedTuple):
-    """Texts and labels, which are strings."""
-
-    texts: list[str]
-    labels: list[str]
-
-
 class Split(NamedTuple):
-    """Rows to train on, and rows to measure on."""
+    """Rows to train on, and rows to measure on; labels are words."""
 
     train: Rows
     test: Rows

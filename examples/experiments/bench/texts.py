@@ -45,10 +45,10 @@ logging.disable_progress_bar()
 
 
 class Rows(NamedTuple):
-    """Texts and their labels."""
+    """Texts and their labels, which are numbers here and words in `own_texts`."""
 
     texts: list[str]
-    labels: list[int]
+    labels: list[Any]
 
     def part(self, rows: slice) -> "Rows":
         return Rows(self.texts[rows], self.labels[rows])
