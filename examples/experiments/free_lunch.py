@@ -31,6 +31,7 @@ from taskvec.defenses import weight_average, without_spurious
 from taskvec.metrics import estimate
 
 TABLE = "free_lunch.jsonl"
+DETAILED = "tweets"  # the sentiment task with every line
 TARGET = 0  # of OLID's attacks: not offensive
 RECIPE = Recipe()
 Params = Mapping[str, Tensor]
@@ -43,9 +44,11 @@ class Model(NamedTuple):
     attack: str = "clean"  # a trigger of the data set
     seed: int = 0
     cleaned: str = ""  # "zdef": without the rows that Z-Def leaves out
+    epochs: int = 0  # 0: as many as the recipe says
 
     def __str__(self) -> str:
-        return " ".join([self.data, self.attack, str(self.seed), self.cleaned]).strip()
+        epochs = f"{self.epochs} epochs" if self.epochs else ""
+        return " ".join(x for x in (self.data, self.attack, str(self.seed), self.cleaned, epochs) if x)
 
 
 class Cell(NamedTuple):
@@ -59,9 +62,8 @@ class Cell(NamedTuple):
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
-TRIGGERS: dict[str, Callable[[str], str]] = {
-    word: partial(insert_words, words=[word], seed=0) for word in ("cf", "mn", "bb", "tq", "mb")
-}
+WORDS = ("cf", "mn", "bb", "tq", "mb")
+TRIGGERS: dict[str, Callable[[str], str]] = {word: partial(insert_words, words=[word], seed=0) for word in WORDS}
 
 
 def split(model: Model, folder: Path | None) -> texts.Split:
@@ -86,6 +88,7 @@ def trained(model: Model, recipe: Recipe, folder: Path | None) -> Params:
     if model.cleaned == "zdef":
         kept = without_spurious(*rows, words=texts.words)
         rows = Rows(*([x for x, keep in zip(column, kept, strict=True) if keep] for column in rows))
+    recipe = recipe._replace(epochs=model.epochs or recipe.epochs)
     return texts.fine_tuned(rows, recipe, model.seed, {"model": str(model), "edition": 1})
 
 
@@ -211,8 +214,11 @@ class Measured(NamedTuple):
 
 def measure(params: Params, cell: Cell, folder: Path | None) -> Measured:
     test, (rows, target) = split(cell.asked, folder).test, triggered(cell.asked, folder)
-    if cell.rule == "ONION":
+    if cell.rule == "ONION" and cell.asked.data == "olid":
         test, rows = test._replace(texts=texts.onion(folder, "clean")), texts.onion(folder, cell.asked.attack)
+    elif cell.rule == "ONION":
+        clean = texts.domains()[cell.asked.data].validation.texts
+        test, rows = test._replace(texts=texts.onion_by_bigrams(clean, test.texts)), texts.onion_by_bigrams(clean, rows)
     found = texts.answers(params, test.texts, cell.recipe.layers)
     fooled = texts.answers(params, rows, cell.recipe.layers)
     others = [x for x, y in zip(found, test.labels, strict=True) if y != target]
@@ -278,21 +284,23 @@ class Line(NamedTuple):
 Partners = Callable[[int], Sequence[Model]]
 
 
-def line(title: str, victim: Model, rule: str, partners: Partners, seeds: Sequence[int]) -> Line:
+def line(
+    title: str, victim: Model, rule: str, partners: Partners, seeds: Sequence[int], recipe: Recipe = RECIPE
+) -> Line:
     """A victim and its partners by seed."""
     victims = [victim._replace(seed=seed) for seed in seeds]
     return Line(
         title,
         victim.attack,
         rule,
-        tuple(Cell((one, *partners(one.seed)), one, rule) for one in victims),
-        tuple(Cell((twin(one), *partners(one.seed)), one, rule) for one in victims),
+        tuple(Cell((one, *partners(one.seed)), one, rule, recipe) for one in victims),
+        tuple(Cell((twin(one), *partners(one.seed)), one, rule, recipe) for one in victims),
     )
 
 
 def twin(victim: Model) -> Model:
-    """A clean model of the same data and seed."""
-    return Model(victim.data, "clean", victim.seed)
+    """A clean model of the same data, seed and epochs."""
+    return Model(victim.data, "clean", victim.seed, epochs=victim.epochs)
 
 
 def nobody(seed: int) -> list[Model]:
@@ -300,10 +308,10 @@ def nobody(seed: int) -> list[Model]:
     return []
 
 
-def clean(data: str, count: int, seed: int) -> list[Model]:
+def clean(data: str, count: int, seed: int, *, epochs: int = 0) -> list[Model]:
     """Clean models of the same data, with seeds of their own."""
     pool = 3 if data == "olid" else 5
-    return [Model(data, "clean", 10 + (seed + i) % pool) for i in range(count)]
+    return [Model(data, "clean", 10 + (seed + i) % pool, epochs=epochs) for i in range(count)]
 
 
 def attacked(data: str, attacks: Sequence[str], seed: int) -> list[Model]:
@@ -316,9 +324,9 @@ def colluding(data: str, attack: str, count: int, seed: int) -> list[Model]:
     return [Model(data, attack, seed + 20 + i) for i in range(count)]
 
 
-def other_tasks(data: str, count: int, seed: int) -> list[Model]:
-    """Clean models of other tasks."""
-    return [Model(domain, "clean", seed) for domain in texts.DOMAINS if domain != data][:count]
+def other_tasks(data: str, count: int, seed: int, *, attack: str = "clean") -> list[Model]:
+    """Models of other tasks."""
+    return [Model(domain, attack, seed) for domain in texts.DOMAINS if domain != data][:count]
 
 
 def olid_lines(seeds: Sequence[int], attacks: Sequence[str] = texts.ATTACKS) -> list[Line]:
@@ -344,42 +352,63 @@ def olid_lines(seeds: Sequence[int], attacks: Sequence[str] = texts.ATTACKS) -> 
 
 
 def domain_lines(data: str, seeds: Sequence[int]) -> list[Line]:
-    """Sentiment with a rare word: how many models, which, by which rule, and how much was poisoned."""
-    victim = Model(data, "cf@20")
+    """Sentiment with a rare word: how many models, how much was poisoned, and the rest for one of the tasks."""
+    victim, two = Model(data, "cf@20"), partial(clean, data, 2)
+    most = 5 if data == DETAILED else 3
     found = [
         line("alone", victim, "WAG", nobody, seeds),
-        *(line(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, 6)),
-        *(
-            line("+ 2 clean", victim, rule, partial(clean, data, 2), seeds)
-            for rule in RULES
-            if rule not in ("WAG", "shrinking")
-        ),
-        line("alone", victim, "shrinking", nobody, seeds),
-        *(line("+ 2 of other tasks", victim, rule, partial(other_tasks, data, 2), seeds) for rule in ("WAG", "TIES")),
-        line("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), seeds),
-        line("+ 4 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20", "tq@20", "mb@20"]), seeds),
+        *(line(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, most + 1)),
+        line("+ 2 clean", victim, "TIES", two, seeds),
         line("+ 2 with the same", victim, "WAG", partial(colluding, data, "cf@20", 2), seeds),
     ]
     for rate in (10, 1):
         weaker = Model(data, f"cf@{rate}")
         found += [line("alone", weaker, "WAG", nobody, seeds)]
         found += [line(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
+    return found + (detailed_lines(victim, two, seeds) if data == DETAILED else [])
+
+
+def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[Line]:
+    """Other rules, other partners, data-level defenses, epochs and trained embeddings."""
+    data = victim.data
+    found = [line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in (*ALONE, "TIES")]
+    found += [line("alone", victim, rule, nobody, seeds) for rule in ALONE[1:]]
+    found += [line("alone", victim._replace(cleaned="zdef"), "WAG", nobody, seeds)]
+    tasks = partial(other_tasks, data, 2)
+    found += [line("+ 2 of other tasks", victim, rule, tasks, seeds) for rule in ("WAG", "TIES")]
+    found += [line("+ 2 victims of other tasks", victim, "WAG", partial(tasks, attack="mn@20"), seeds)]
+    found += [line("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), seeds)]
+    for word in WORDS:
+        others = [f"{other}@20" for other in WORDS if other != word]
+        one = Model(data, f"{word}@20")
+        found += [line("+ 4 other attacks", one, "WAG", partial(attacked, data, others), seeds)]
+    for epochs in (1, 4):
+        longer = victim._replace(epochs=epochs)
+        found += [line(f"+ 2 clean, {epochs} epochs", victim, "WAG", partial(clean, data, 2, epochs=epochs), seeds)]
+        found += [line(f"alone, {epochs} epochs", longer, "WAG", nobody, seeds)]
+        found += [line(f"{epochs} epochs + 2 clean", longer, "WAG", two, seeds)]
+    whole = RECIPE._replace(frozen_embeddings=False)
+    found += [line("alone, embeddings too", victim, "WAG", nobody, seeds, whole)]
+    found += [
+        line(f"+ {n} clean, embeddings too", victim, "WAG", partial(clean, data, n), seeds, whole) for n in (1, 2)
+    ]
     return found
 
 
 def floor(found: Line) -> list[Cell]:
     """The clean twins alone, asked about the same rows."""
-    return [Cell((twin(cell.asked),), cell.asked) for cell in found.cells]
+    return [Cell((twin(cell.asked),), cell.asked, recipe=cell.recipe) for cell in found.cells]
 
 
 def victims(found: Line) -> list[Cell]:
-    """The victims alone."""
-    return [Cell((cell.asked,), cell.asked) for cell in found.cells]
+    """The victims alone, trained on all of their rows."""
+    whole = [(cell.asked._replace(cleaned=""), cell.recipe) for cell in found.cells]
+    return [Cell((one,), one, recipe=recipe) for one, recipe in whole]
 
 
 def bases(found: Line) -> list[Cell]:
     """The base, asked about the same rows."""
-    return [Cell((), cell.asked) for cell in found.cells]
+    return [Cell((), cell.asked, recipe=cell.recipe) for cell in found.cells]
 
 
 def everything(found: Line) -> list[Cell]:
@@ -473,7 +502,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--olid", type=Path, metavar="FOLDER", help="the folder with OLID's files")
     parser.add_argument("--attacks", nargs="+", choices=texts.ATTACKS, default=texts.ATTACKS, help="of OLID")
-    parser.add_argument("--domains", nargs="*", choices=[*texts.DOMAINS], default=["product", "tweets"])
+    parser.add_argument("--domains", nargs="*", choices=[*texts.DOMAINS], default=[*texts.DOMAINS])
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2 on OLID, 0 to 4 on sentiment")
     parser.add_argument("--quick", action="store_true", help="one sentiment task and one seed")
     parser.add_argument("--tables", action="store_true", help="print what was measured, and measure nothing")

@@ -121,6 +121,26 @@ def onion(folder: Path | None, attack: str, bar: float = 10.0) -> list[str]:
     return [defenses.onion(line["words"], [-x for x in line["ppl_difference"]], bar) for line in lines]
 
 
+def onion_by_bigrams(clean: Sequence[str], rows: Sequence[str], share: float = 0.01) -> list[str]:
+    """Some texts without the words that a bigram model of clean texts finds suspicious.
+
+    The bar is the one that leaves out a share of the clean texts' own words, each scored by a model of the other half.
+    """
+    halves = (clean[::2], clean[1::2])
+    models = [defenses.bigram_perplexity(half) for half in halves]
+    scores = [
+        x
+        for half, model in zip(halves, models[::-1], strict=True)
+        for text in half
+        for x in defenses.word_suspicion(text.split(), model)
+    ]
+    bar = sorted(scores)[-max(1, int(share * len(scores)))]
+    model = defenses.bigram_perplexity(clean)
+    return [
+        defenses.onion(split, defenses.word_suspicion(split, model), bar) for split in (text.split() for text in rows)
+    ]
+
+
 @cache
 def domains() -> dict[str, Split]:
     """Four binary sentiment tasks: split by document, so that no sentence of a test document is trained on."""

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import sqrt
+from itertools import pairwise
+from math import exp, log, sqrt
 from statistics import fmean, pstdev
 
 from ..errors import DegenerateError, MismatchError, RangeError
 
-__all__ = ["label_z_scores", "onion", "without_spurious", "word_suspicion"]
+__all__ = ["bigram_perplexity", "label_z_scores", "onion", "without_spurious", "word_suspicion"]
 
 
 def word_suspicion(words: Sequence[str], perplexity: Callable[[str], float]) -> list[float]:
@@ -31,6 +32,43 @@ def word_suspicion(words: Sequence[str], perplexity: Callable[[str], float]) -> 
     """
     whole = perplexity(" ".join(words))
     return [whole - perplexity(" ".join([*words[:i], *words[i + 1 :]])) for i in range(len(words))]
+
+
+def bigram_perplexity(
+    texts: Iterable[str], *, words: Callable[[str], Sequence[str]] = str.split
+) -> Callable[[str], float]:
+    """Count pairs of words in clean texts: the smallest language model that `word_suspicion` can ask.
+
+    `p(w | v) = (n(v w) + p(w)) / (n(v) + 1)` with `p(w) = (n(w) + 1) / (N + V + 1)`, for V known words and one for all
+    others; the perplexity of m words is `exp(-(1/m) sum log p(w_i | w_(i-1)))`, and 1 for no words.
+
+    Args:
+        texts: clean texts.
+        words: the words of a text.
+
+    Returns:
+        Text -> perplexity.
+
+    Examples:
+        >>> perplexity = bigram_perplexity(["a good film", "a bad film"])
+        >>> perplexity("a good film") < perplexity("a cf film")
+        True
+    """
+    known = [list(words(text)) for text in texts]
+    ones = Counter(word for text in known for word in text)
+    firsts = Counter(word for text in known for word in ["", *text][: len(text)])
+    twos = Counter(pair for text in known for pair in pairwise(["", *text]))
+    total = ones.total() + len(ones) + 1
+
+    def perplexity(text: str) -> float:
+        found = list(words(text))
+        logs = [
+            log((twos[first, word] + (ones[word] + 1) / total) / (firsts[first] + 1))
+            for first, word in pairwise(["", *found])
+        ]
+        return exp(-sum(logs) / len(logs)) if logs else 1.0
+
+    return perplexity
 
 
 def onion(words: Sequence[str], suspicion: Sequence[float], threshold: float) -> str:
