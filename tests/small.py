@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from taskvec import BackdoorVector
-from taskvec._engine.run import Lazy
+from taskvec._engine.lazy import Lazy
 from taskvec._engine.sources import Pull, Source, Spec
 
 

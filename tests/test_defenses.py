@@ -8,7 +8,7 @@ import torch
 from small import bv, same, weights
 
 from taskvec import BackdoorVector, TaskVector, load, merge, save
-from taskvec._engine.run import Lazy
+from taskvec._engine.lazy import Lazy
 from taskvec.defenses import (
     bank_scores,
     choose_strength,

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from taskvec import TaskVector, merge, merges, sparsify
 from taskvec._engine import pieces
+from taskvec._engine.lazy import Lazy
 from taskvec._engine.lift import lift
 from taskvec._engine.pieces import BLOCK, CHUNK
-from taskvec._engine.run import Lazy, collect, entries_of, measure
+from taskvec._engine.run import collect, entries_of, measure
 from taskvec._engine.sources import Memory
 from taskvec.errors import DegenerateError, DtypeError, MismatchError, OptionError, RuleError
 from taskvec.merges import dare, della, disjoint_mean, mean, model_stock, slerp, ties, weighted

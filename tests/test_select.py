@@ -108,7 +108,7 @@ def test_every_branch_of_the_search_has_run(monkeypatch):
 
     def watched(parts, rank, bracket):
         found = ranked(parts, rank, bracket)
-        low, high = bracket
+        low, high, _ = bracket
         seen.add("everything" if (low, high) == (0, select.TOP) else "one key" if low == high else "bracket")
         seen.add("double" if parts[0].wide else "single")
         return found
@@ -136,6 +136,30 @@ def test_a_sample_that_lies_costs_a_pass_and_nothing_else(kind, monkeypatch):
     x = DATA[kind]()
     check_kept(x, trimmed(x, 600), 600)
     assert any(missed)
+
+
+@pytest.mark.parametrize("kind", list(DATA))
+@pytest.mark.parametrize("held", [20, 100])
+def test_where_too_many_keys_are_inside_a_bracket_some_narrow_it(kind, held, monkeypatch):
+    made_small(monkeypatch, 1, 16, 300)
+    x = DATA[kind]()
+    wanted, steps, bracketed = trimmed(x, 600), [], select._bracketed
+
+    def watched(row, at, bracket, equal):
+        found = bracketed(row, at, bracket, equal)
+        steps.append(bracket.step)
+        assert found.keys is None or len(found.keys) <= -(-found.inside // bracket.step)
+        return found
+
+    monkeypatch.setattr(select, "HELD", held)
+    monkeypatch.setattr(select, "SAMPLE", 100)
+    monkeypatch.setattr(select, "_bracketed", watched)
+    result = trimmed(x, 600)
+    assert torch.equal(result, wanted)
+    check_kept(x, result, 600)
+    if kind == "random":
+        assert max(steps) > 1
+        assert steps[-1] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

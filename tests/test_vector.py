@@ -11,7 +11,7 @@ from small import Held, lazy
 from torch import nn
 
 from taskvec import TaskVector, load, merge, presets, rename, rounding_loss, save, select
-from taskvec._engine.run import Lazy
+from taskvec._engine.lazy import Lazy
 from taskvec.errors import (
     AliasError,
     DegenerateError,

@@ -19,6 +19,7 @@ from . import rules as rules
 from . import signs as signs
 from . import sparsify as sparsify
 from ._files.load import load as load
+from ._files.save import peak_memory as peak_memory
 from ._files.save import save as save
 from ._files.save_adapter import save_adapter as save_adapter
 from ._vectors.backdoor import BackdoorVector as BackdoorVector
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "merges",
     "metrics",
+    "peak_memory",
     "presets",
     "rename",
     "rounding_loss",

@@ -8,7 +8,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ._engine.run import measure, source_of
+from ._engine.lazy import source_of
+from ._engine.run import measure
 from ._engine.sources import Source, Spec
 from ._files.hub import Remote
 from ._files.load import load

@@ -20,7 +20,7 @@ from .marks import Mark, mark_of, signature_of
 from .names import ABSENT, listed, option_for, unmatched
 from .pieces import Look, Pieces, Place, Statistic, piece_size, shaped, spans
 from .random import key_of
-from .run import Stack, collect, stream
+from .run import Stack, collect
 from .sources import Memory, Pull, Source, Spec, frozen, widest
 
 __all__ = ["Ruled", "lift"]
@@ -88,14 +88,6 @@ class Ruled(Stack):
             layers.append((frozen(rule.args), frozen(rule.keywords)))
             rule = rule.func
         return id(rule), tuple(layers)
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        # statistics over everything are taken once, before the work is sent to other processes
-        filled = [name for name, spec in self.specs.items() if spec.entries]
-        if filled and len(self.wants(filled[0])) > 1:
-            stream(self, _nowhere, filled[:1])
-        return super().__getstate__()
 
     @property
     def pieces(self) -> Pieces:
@@ -174,6 +166,14 @@ class Ruled(Stack):
             found[statistic] = yield from statistic(len(self.sources), entries, **given)
         self.known[self._scope(names[0])] = found
 
+    @override
+    def told(self, name: str) -> Any:
+        return self.known.get(self._scope(name))
+
+    @override
+    def learn(self, name: str, known: Any) -> None:
+        self.known[self._scope(name)] = known
+
     def _check_one_width(self, names: Sequence[str]) -> None:
         wide = [name for name in names if self.wide(name) == torch.float64]
         if wide and len(wide) < len(names):
@@ -181,10 +181,6 @@ class Ruled(Stack):
                 f"{listed(wide)} is float64 and others are not: one statistic over all needs one width; "
                 "use to(dtype=), or scope='tensor'"
             )
-
-
-def _nowhere(name: str, start: int, block: Tensor) -> None:
-    """Drops a block: its statistics are what counts."""
 
 
 class Options:

@@ -1,44 +1,44 @@
-"""The driver: what runs statistics and results over blocks, one after the other or on several threads.
+"""The driver: what runs statistics and results over blocks, on whatever does the work.
 
 A task is a call of a module-level function for one chunk of one tensor: `_look` for a statistic, `_write` for a result.
-A work is a generator of lists of tasks, which is sent what they return; the works of different tensors overlap.
 """
 
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from math import prod
-from typing import Any, TypeAlias
+import hashlib
+import pickle
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..errors import MissingError, NonFiniteError
-from .names import listed
+from ..errors import NonFiniteError, OptionError
 from .pieces import Look, Pieces, Place, Statistic, chunk_size, piece_size, sampled, shaped, spans, stride_for
+from .pools import Pool, Work, pool_of
 from .random import key_of
-from .sources import Foreign, Memory, Pull, Source, Spec
+from .sources import Foreign, Pull, Source
 
 __all__ = [
-    "Lazy",
     "Stack",
     "collect",
     "entries_of",
-    "mapping_of",
     "measure",
-    "single_thread",
-    "source_of",
-    "specs_of",
+    "settle",
     "stream",
+    "workers_of",
 ]
 
-Task: TypeAlias = Callable[[], Any]
-Work: TypeAlias = Generator[list[Task], list[Any], None]
-Sink: TypeAlias = Callable[[str, int, Tensor], None]
-"""Takes a block of a result: its name, the flat index of its first entry, and its entries."""
+Span: TypeAlias = tuple[str, int, int]
+"""The name of a tensor, and the flat entries of one chunk of it."""
+
+Sink: TypeAlias = Callable[[str, int, Iterator[Tensor]], Any]
+"""Takes a chunk of a result: its name, the flat index of its first entry, and its blocks one after the other."""
+
+SHIPPED = 1 << 26
+"""Bytes of a plan that may be sent to another process with every task: more are tensors, which belong into files."""
 
 TINY = 1 << 15
 """Entries of all inputs up to which work is not worth a thread, and which torch does not split."""
@@ -86,6 +86,15 @@ class Stack(Source):
         """Take and keep the statistics over some names."""
         raise NotImplementedError
 
+    def told(self, name: str) -> Any:
+        """The statistics that a tensor needs, as far as they are known; None if it needs none."""
+        del name
+        return None
+
+    def learn(self, name: str, known: Any) -> None:
+        """Keep the statistics that another process has told."""
+        raise NotImplementedError
+
 
 class Run:
     """A source made ready to be read: equal parts are made one.
@@ -97,6 +106,7 @@ class Run:
     def __init__(self, root: Source) -> None:
         self.root = root
         self.same: dict[int, Source] = {}
+        self._plan: bytes | None = None
         first: dict[Source, Source] = {}
 
         def visit(source: Source) -> None:
@@ -106,10 +116,33 @@ class Run:
                 self.same[id(source)] = first.setdefault(source, source)
 
         visit(root)
+        self.nodes = list(first.values())  # in the same order in every process
+        self.number = {id(node): i for i, node in enumerate(self.nodes)}
 
     def pull(self, name: str, start: int, stop: int) -> Pull:
         """A pull of one chunk."""
         return Pull(self.same, name, (start, stop))
+
+    def plan(self) -> bytes:
+        """The root, pickled: what another process makes its own run from."""
+        if self._plan is None:
+            self._plan = _pickled(self.root)
+        return self._plan
+
+    def known(self, source: Source, name: str) -> list[tuple[int, str, Any]]:
+        """The statistics that are known of everything that one tensor of a source is made of."""
+        found: dict[tuple[int, str], Any] = {}
+
+        def visit(source: Source, name: str) -> None:
+            source = self.same[id(source)]
+            key = self.number[id(source)], name
+            if key not in found:
+                found[key] = source.told(name) if isinstance(source, Stack) else None
+                for part, own in source.parts(name):
+                    visit(part, own)
+
+        visit(source, name)
+        return [(*key, value) for key, value in found.items() if value is not None]
 
     def wanted(self, names: Iterable[str]) -> Iterator[tuple[Stack, tuple[str, ...]]]:
         """The statistics that some tensors need and that are not known yet, inner ones first: of what, over what."""
@@ -138,7 +171,8 @@ def entries_of(source: Source, name: str, start: int, stop: int) -> Tensor:
     """The flat entries `[start, stop)` of one tensor."""
     run = Run(source)
     with torch.no_grad():
-        _finish(_statistics(run, stack, over) for stack, over in run.wanted([name]))
+        with pool_of(1) as pool:
+            pool.overlap(_statistics(run, stack, over) for stack, over in run.wanted([name]))
         return run.pull(name, start, stop)(source)
 
 
@@ -150,29 +184,57 @@ def collect(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
     }
     flat = {name: x.reshape(-1) for name, x in found.items()}
 
-    def fill(name: str, start: int, block: Tensor) -> None:
-        flat[name][start : start + len(block)] = block
+    def fill(name: str, start: int, blocks: Iterator[Tensor]) -> None:
+        for block in blocks:
+            flat[name][start : start + len(block)] = block
+            start += len(block)
 
     stream(source, fill, list(specs))
     return found
 
 
-def stream(source: Source, sink: Sink, names: Sequence[str], workers: int | None = None) -> None:
-    """Compute some tensors of a source, block by block, each handed to a sink.
+def stream(
+    source: Source,
+    sink: Sink,
+    names: Sequence[str],
+    workers: int | None = None,
+    *,
+    executor: Executor | None = None,
+    done: Container[Span] = (),
+    heard: Callable[[Any], None] | None = None,
+) -> None:
+    """Compute some tensors of a source, chunk by chunk, each handed to a sink.
 
     Args:
         source: what is computed.
-        sink: called once for every block; from several threads, if there are several workers.
+        sink: called once for every chunk; from several threads, if there are several workers; one that pickles, if
+            there is an executor of processes.
         names: the tensors.
         workers: threads; by default as many as torch uses, where there is work for them.
+        executor: does the work instead.
+        done: chunks to leave out.
+        heard: called in this thread with what the sink returned for each chunk, as it is finished.
     """
     run = Run(source)
-    with _pool(_workers(run, names, workers)) as pool:
-        everywhere = [(stack, over) for stack, over in run.wanted(names)]
-        shared = max((i + 1 for i, (_, over) in enumerate(everywhere) if len(over) > 1), default=0)
-        for stack, over in everywhere[:shared]:  # statistics over several names, and what they need, come first
-            pool.finish(_statistics(run, stack, over))
-        pool.overlap(_result(run, name, sink) for name in names)
+    left = [name for name in names if any((name, *span) not in done for span in _chunks(run, name))]
+    with pool_of(workers_of(run, left, workers), executor) as pool:
+        _take_shared(run, pool, left)
+        pool.overlap(_result(run, name, sink, done, heard) for name in left)
+
+
+def settle(source: Source) -> None:
+    """Take the statistics over several names, once, before a source is sent elsewhere."""
+    run, names = Run(source), list(source.specs)
+    with pool_of(workers_of(run, names, None)) as pool:
+        _take_shared(run, pool, names)
+
+
+def _take_shared(run: Run, pool: Pool, names: Sequence[str]) -> None:
+    """Statistics over several names, and what they need, come first."""
+    everywhere = list(run.wanted(names))
+    shared = max((i + 1 for i, (_, over) in enumerate(everywhere) if len(over) > 1), default=0)
+    for stack, over in everywhere[:shared]:
+        pool.finish(_statistics(run, stack, over))
 
 
 def measure(sources: Sequence[Source], names: Sequence[str], statistic: Statistic, *options: Any) -> Any:
@@ -192,7 +254,7 @@ def measure(sources: Sequence[Source], names: Sequence[str], statistic: Statisti
     def kept() -> Generator[Look, list[Any], None]:
         found.append((yield from passes))
 
-    with _pool(_workers(run, filled, None)) as pool:
+    with pool_of(workers_of(run, filled, None)) as pool:
         for inner, over in run.wanted(filled):
             pool.finish(_statistics(run, inner, over))
         pool.finish(_passes(run, stack, filled, kept()))
@@ -202,18 +264,54 @@ def measure(sources: Sequence[Source], names: Sequence[str], statistic: Statisti
 # --- works and tasks -------------------------------------------------------------------------------------------------
 
 
-def _result(run: Run, name: str, sink: Sink) -> Work:
+class Task(NamedTuple):
+    """A call of `f(run, *args)` that computes something of one tensor of a source."""
+
+    f: Callable[..., Any]
+    run: Run
+    source: Source
+    name: str
+    args: tuple[Any, ...]
+    heard: Callable[[Any], None] | None = None
+
+    def __call__(self) -> Any:
+        with torch.no_grad():  # a thread's own setting
+            return self.f(self.run, *self.args)
+
+    def shipped(self) -> tuple[Any, ...]:
+        """The same for another process: the plan, and the statistics that are known."""
+        return _elsewhere, self.run.plan(), self.run.known(self.source, self.name), self.f, self.args
+
+    def landed(self, result: Any) -> None:
+        """Pass the result on."""
+        if self.heard is not None:
+            self.heard(result)
+
+
+def _chunks(run: Run, name: str) -> Iterator[tuple[int, int]]:
+    """The chunks that a result is computed in."""
+    return spans(0, run.root.specs[name].entries, chunk_size(_block(run, name)))
+
+
+def _block(run: Run, name: str) -> int:
+    grain = run.root.grain(name)
+    return max(1, piece_size(run.root.specs[name], "element", run.root.device(name)) // grain) * grain
+
+
+def _result(run: Run, name: str, sink: Sink, done: Container[Span], heard: Callable[[Any], None] | None) -> Work:
     for stack, over in run.wanted([name]):
         yield from _statistics(run, stack, over)
-    entries, grain = run.root.specs[name].entries, run.root.grain(name)
-    block = max(1, piece_size(run.root.specs[name], "element", run.root.device(name)) // grain) * grain
-    yield [_task(_write, run, name, span, block, sink) for span in spans(0, entries, chunk_size(block))]
+    block = _block(run, name)
+    yield [
+        Task(_write, run, run.root, name, (name, span, block, sink), heard)
+        for span in _chunks(run, name)
+        if (name, *span) not in done
+    ]
 
 
-def _write(run: Run, name: str, span: tuple[int, int], block: int, sink: Sink) -> None:
+def _write(run: Run, name: str, span: tuple[int, int], block: int, sink: Sink) -> Any:
     pull = run.pull(name, *span)
-    for start, stop in spans(*span, block):
-        sink(name, start, pull.at(start, stop)(run.root))
+    return sink(name, span[0], (pull.at(start, stop)(run.root) for start, stop in spans(*span, block)))
 
 
 def _statistics(run: Run, stack: Stack, names: Sequence[str]) -> Work:
@@ -242,15 +340,15 @@ def _looks(run: Run, stack: Stack, names: Sequence[str], look: Look) -> Iterator
         if look.sample:
             row = spec.row if look.pieces == "row" else grain
             if runs := sampled(spec.entries, row, before, stride):
-                yield _task(_look, run, stack, name, runs, look)
+                yield Task(_look, run, stack, name, (run.number[id(stack)], name, runs, look))
             before += spec.entries
         else:
             for span in spans(0, spec.entries, chunk_size(max(1, grain // size) * size)):
-                yield _task(_look, run, stack, name, [span], look)
+                yield Task(_look, run, stack, name, (run.number[id(stack)], name, [span], look))
 
 
-def _look(run: Run, stack: Stack, name: str, runs: Sequence[tuple[int, int]], look: Look) -> list[Any]:
-    found: list[Any] = []
+def _look(run: Run, number: int, name: str, runs: Sequence[tuple[int, int]], look: Look) -> list[Any]:
+    stack, found = cast("Stack", run.nodes[number]), list[Any]()
     size = piece_size(stack.specs[name], look.pieces, stack.device(name))
     for run_span in runs:
         pull = run.pull(name, *run_span)
@@ -265,113 +363,53 @@ def _look(run: Run, stack: Stack, name: str, runs: Sequence[tuple[int, int]], lo
     return found
 
 
-def _task(f: Callable[..., Any], *args: Any) -> Task:
-    def task() -> Any:
-        with torch.no_grad():  # a thread's own setting
-            return f(*args)
-
-    return task
+# --- other processes -------------------------------------------------------------------------------------------------
 
 
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-
-class _Inline:
-    """Runs works one after the other, in the caller's thread."""
-
-    def finish(self, work: Work) -> None:
-        tasks = next(work, None)
-        while tasks is not None:
-            results = [task() for task in tasks]
-            try:
-                tasks = work.send(results)
-            except StopIteration:
-                return
-
-    def overlap(self, works: Iterable[Work]) -> None:
-        for work in works:
-            self.finish(work)
-
-
-class _Threads:
-    """Runs works on threads: begun in order, with a few tasks per worker in flight."""
-
-    def __init__(self, executor: ThreadPoolExecutor, workers: int) -> None:
-        self._executor, self._depth = executor, 3 * workers
-
-    def finish(self, work: Work) -> None:
-        self.overlap([work])
-
-    def overlap(self, works: Iterable[Work]) -> None:
-        coming, running = iter(works), dict[Future[Any], tuple[Work, int]]()
-        waiting, found, left = deque[tuple[Work, int, Task]](), dict[Work, list[Any]](), dict[Work, int]()
-
-        def go_on(work: Work, results: list[Any] | None) -> None:
-            """Send a work its results and queue the tasks that it asks for next."""
-            tasks: list[Task] = []
-            while not tasks:
-                try:
-                    tasks = work.send(results)  # type: ignore[arg-type]
-                except StopIteration:
-                    return
-                results = []
-            found[work], left[work] = [None] * len(tasks), len(tasks)
-            waiting.extend((work, i, task) for i, task in enumerate(tasks))
-
-        try:
-            while True:
-                while len(waiting) + len(running) < self._depth and (work := next(coming, None)) is not None:
-                    go_on(work, None)
-                while waiting and len(running) < self._depth:
-                    work, i, task = waiting.popleft()
-                    running[self._executor.submit(task)] = work, i
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    work, i = running.pop(future)
-                    found[work][i] = future.result()
-                    left[work] -= 1
-                    if not left[work]:
-                        go_on(work, found.pop(work))
-        finally:
-            for future in running:
-                future.cancel()
-
-
-@contextmanager
-def _pool(workers: int) -> Generator[_Inline | _Threads]:
-    if workers <= 1:
-        yield _Inline()
-        return
-    before, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # asked first: a later lazy initialisation would undo the setting
-        torch.set_num_threads(1)
-        ready.wait()
-
-    # glibc maps large blocks anew each time until a larger one has been freed: then they are kept
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-    with ThreadPoolExecutor(workers, "taskvec", begin) as executor:
-        for _ in range(workers):
-            executor.submit(int)
-        ready.wait()
-        torch.set_num_threads(before)  # the caller's own, which a worker's setting would become for new threads
-        yield _Threads(executor, workers)
-
-
-@contextmanager
-def single_thread() -> Generator[None]:
-    """One thread for torch: what LAPACK computes has other bits with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _pickled(root: Source) -> bytes:
+    """A source as bytes; functions that have no module of their own need cloudpickle, which Dask brings along."""
+    pickler: Any = import_module("cloudpickle") if find_spec("cloudpickle") else pickle
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        plan = cast("bytes", pickler.dumps(root))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise OptionError(
+            f"executor= sends the work to other processes, and this cannot be sent: {error}; a rule must be a function "
+            "of a module (or install cloudpickle), and the inputs must come from load()"
+        ) from error
+    if len(plan) > SHIPPED:
+        raise OptionError(
+            f"executor= sends the work to other processes, and {len(plan):,} bytes of it are tensors in memory; save() "
+            "them first and load() them, so that every process reads its own part"
+        )
+    return plan
 
 
-def _workers(run: Run, names: Sequence[str], wanted: int | None) -> int:
+_RUNS: dict[bytes, Run] = {}
+"""Of this process: the run that it was sent last, under the hash of its plan."""
+
+
+def _received(plan: bytes) -> Run:
+    digest = hashlib.sha256(plan).digest()
+    run = _RUNS.get(digest)
+    if run is None:
+        run = Run(pickle.loads(plan))  # noqa: S301 - from the process that sent the task, which is a pickle itself
+        _RUNS.clear()
+        _RUNS[digest] = run
+    return run
+
+
+def _elsewhere(plan: bytes, known: list[tuple[int, str, Any]], f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Do a task in another process, which gives torch one thread."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    run = _received(plan)
+    for number, name, value in known:
+        cast("Stack", run.nodes[number]).learn(name, value)
+    with torch.no_grad():
+        return f(run, *args)
+
+
+def workers_of(run: Run, names: Sequence[str], wanted: int | None) -> int:
     """How many threads to use: one where torch, the caller's own function or the size leave no work for more."""
     nodes = set(run.same.values())
     if any(run.root.device(name).type != "cpu" for name in names) or not all(map(_may_run_in_threads, nodes)):
@@ -382,70 +420,3 @@ def _workers(run: Run, names: Sequence[str], wanted: int | None) -> int:
 
 def _may_run_in_threads(source: Source) -> bool:
     return not isinstance(source, Foreign) and getattr(source, "threads", True)
-
-
-def _finish(works: Iterable[Work]) -> None:
-    _Inline().overlap(works)
-
-
-# --- mappings over sources -------------------------------------------------------------------------------------------
-
-
-class Lazy(Mapping[str, Tensor]):
-    """A mapping of tensors that are read or computed when asked for.
-
-    Args:
-        source: where they come from.
-        metadata: what a file says of itself (strings), kept by `save`.
-        tied: name -> earlier name with the same storage (from a pickle; files of safetensors have none).
-    """
-
-    def __init__(
-        self, source: Source, *, metadata: Mapping[str, str] | None = None, tied: Mapping[str, str] | None = None
-    ) -> None:
-        self.source = source
-        self.metadata, self.tied = dict(metadata or {}), dict(tied or {})
-
-    @override
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.source.specs:
-            raise MissingError(f"no tensor {name!r} here; there are {listed(list(self))}")
-        return collect(self.source, [name])[name]
-
-    @override
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.source.specs
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source.specs)
-
-    @override
-    def __len__(self) -> int:
-        return len(self.source.specs)
-
-    @override
-    def __repr__(self) -> str:
-        entries = sum(prod(spec.shape) for spec in self.source.specs.values())
-        return f"Lazy({len(self)} tensors, {entries:,} entries)"
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
-
-
-def source_of(mapping: Mapping[str, Tensor]) -> Source:
-    """The source of a mapping: a dict's tensors are in memory, any other's are asked for one by one."""
-    found = getattr(mapping, "source", None)
-    if isinstance(found, Source):
-        return found
-    return Memory(mapping) if isinstance(mapping, dict) else Foreign(mapping)
-
-
-def mapping_of(source: Source) -> Mapping[str, Tensor]:
-    """A source as a mapping: a dict of what is in memory."""
-    return dict(source.tensors) if isinstance(source, Memory) else Lazy(source)
-
-
-def specs_of(mapping: Mapping[str, Tensor]) -> Mapping[str, Spec]:
-    """Name -> shape and dtype; nothing is read if the mapping is lazy."""
-    return source_of(mapping).specs

@@ -8,6 +8,7 @@ exact, whatever the sample said.
 
 from collections.abc import Generator, Sequence
 from functools import lru_cache
+from math import ceil
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,6 +29,10 @@ TURN = 0x9E3779B1  # 2**32 over the golden ratio, made odd: multiples of it are 
 LOW = (1 << 32) - 1
 TOP = (1 << 63) - 1
 SMALL = 1 << 16  # so many keys are collected without a bracket
+SAMPLE = 1 << 20  # keys of a vector in a sample, at most
+HELD = (
+    1 << 22
+)  # keys of a vector that are collected, about, at most: of more every so-manieth, to narrow the bracket by
 
 
 class Key(NamedTuple):
@@ -196,15 +201,15 @@ class Inside(NamedTuple):
 
 
 def _inside(
-    stack: Tensor, at: Place, brackets: Sequence[tuple[int, int] | None], equals: Sequence[int | None]
+    stack: Tensor, at: Place, brackets: Sequence["Bracket | None"], equals: Sequence[int | None]
 ) -> list[Inside | None]:
     """For each vector with a bracket, what of a block is above and inside it."""
     rows = zip(stack, brackets, equals, strict=True)
     return [None if bracket is None else _bracketed(row, at, bracket, equal) for row, bracket, equal in rows]
 
 
-def _bracketed(row: Tensor, at: Place, bracket: tuple[int, int], equal: int | None) -> Inside:
-    low, high = bracket
+def _bracketed(row: Tensor, at: Place, bracket: "Bracket", equal: int | None) -> Inside:
+    low, high, step = bracket
     above, keys = 0, None
     if row.device.type == "cpu" and row.dtype == torch.float32 and equal is None:
         # most entries are above or below by their magnitudes alone
@@ -220,7 +225,7 @@ def _bracketed(row: Tensor, at: Place, bracket: tuple[int, int], equal: int | No
         keys = _keys(row, at, equal)
     larger, least = keys > high, keys >= low
     inside = least & ~larger
-    chosen = None if low == high else _on_host(keys[inside])
+    chosen = None if low == high else _on_host(keys[inside][::step])
     return Inside(above + int(larger.sum()), int(inside.sum()), chosen, at.key, row.dtype == torch.float64)
 
 
@@ -239,46 +244,73 @@ class Found(NamedTuple):
     wide: bool
 
 
+class Bracket(NamedTuple):
+    """The keys from low to high, of which every so-manieth is collected."""
+
+    low: int
+    high: int
+    step: int = 1
+
+
+class Known(NamedTuple):
+    """What is known of the key that is wanted: it is the one below a fraction of so many keys, some of them sorted."""
+
+    sample: Any
+    fraction: float
+    count: int
+    width: float = 5.0
+    stuck: bool = False  # a bracket that cannot be narrowed: many keys are equal
+
+    def bracket(self) -> Bracket:
+        """A bracket that very probably holds the key, of a width in standard deviations of its place in the sample."""
+        m = len(self.sample)
+        place = self.fraction * m
+        margin = 8 + self.width * (m * self.fraction * (1 - self.fraction)) ** 0.5
+        first, last = int(place - margin), int(place + margin)
+        low = int(self.sample[m - 1 - last]) if last < m else 0
+        high = int(self.sample[m - 1 - first]) if first > 0 else TOP
+        shrinks = 2 * margin < m and not self.stuck
+        return Bracket(low, high, ceil(self.count * 2 * margin / m / HELD) if shrinks else 1)
+
+
 def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, equals: Sequence[int | None]) -> Passes:
     """For each vector with a rank, find the key of that rank, from 1, among `counts` keys."""
     found: list[Found | None] = [None] * len(ranks)
-    width, samples = 5.0, None
+    known = [Known((), (rank or 0) / max(1, count), count) for rank, count in zip(ranks, counts, strict=True)]
     if max((count for rank, count in zip(ranks, counts, strict=True) if rank is not None), default=0) > SMALL:
-        parts = yield Look(_sample, (equals,), sample=int(entries ** (2 / 3)))
-        samples = [np.sort(np.concatenate(own)) for own in zip(*parts, strict=True)]
+        parts = yield Look(_sample, (equals,), sample=min(SAMPLE, int(entries ** (2 / 3))))
+        for i, own in enumerate(zip(*parts, strict=True)):
+            known[i] = known[i]._replace(sample=np.sort(np.concatenate(own)))
     while any(rank is not None and own is None for rank, own in zip(ranks, found, strict=True)):
         brackets = [
-            None
-            if rank is None or found[i] is not None
-            else _bracket(samples[i] if samples else (), rank / counts[i], width)
-            for i, rank in enumerate(ranks)
+            None if rank is None or own is not None else about.bracket()
+            for rank, own, about in zip(ranks, found, known, strict=True)
         ]
         parts = yield Look(_inside, (brackets, equals))
         for i, bracket in enumerate(brackets):
-            if bracket is not None:
-                found[i] = _ranked([part[i] for part in parts], ranks[i] or 0, bracket)
-        width *= 8  # where a bracket missed: wider, and in the end everything
+            if bracket is None:
+                continue
+            result = _ranked([part[i] for part in parts], ranks[i] or 0, bracket)
+            if isinstance(result, Found):
+                found[i] = result
+            elif result is not None:
+                known[i] = result._replace(stuck=2 * result.count > known[i].count)
+            else:  # wider, and in the end everything
+                known[i] = known[i]._replace(width=8 * known[i].width)
     return found
 
 
-def _bracket(sample: Any, fraction: float, width: float) -> tuple[int, int]:
-    """A bracket that very probably holds the key that a fraction of all keys reach."""
-    m = len(sample)
-    place = fraction * m
-    margin = 8 + width * (m * fraction * (1 - fraction)) ** 0.5
-    first, last = int(place - margin), int(place + margin)
-    return (int(sample[m - 1 - last]) if last < m else 0), (int(sample[m - 1 - first]) if first > 0 else TOP)
-
-
-def _ranked(parts: Sequence[Inside], rank: int, bracket: tuple[int, int]) -> Found | None:
-    """The key of a rank, if it is inside the bracket."""
+def _ranked(parts: Sequence[Inside], rank: int, bracket: Bracket) -> Found | Known | None:
+    """The key of a rank, or where it lies inside the bracket; None if it does not."""
     above, count = sum(part.above for part in parts), sum(part.inside for part in parts)
     if not above < rank <= above + count:
         return None
-    if bracket[0] == bracket[1]:
+    if bracket.low == bracket.high:
         names = [part.name for part in parts for _ in range(part.inside)] if count < SMALL else []
-        return Found(bracket[0], above, count, names, parts[0].wide)
+        return Found(bracket.low, above, count, names, parts[0].wide)
     keys = np.concatenate([part.keys for part in parts])
+    if bracket.step > 1:
+        return Known(np.sort(keys), (rank - above) / count, count)
     place = len(keys) - (rank - above)
     key = np.partition(keys, place)[place]
     names = [part.name for part in parts for _ in range(int(np.count_nonzero(part.keys == key)))]

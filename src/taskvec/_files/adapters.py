@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._engine.lazy import Lazy, mapping_of, source_of
 from .._engine.names import listed
-from .._engine.run import Lazy, entries_of, mapping_of, source_of
+from .._engine.run import entries_of
 from .._engine.sources import Pull, Renamed, Source, Spec, joined
 from .._vectors.fingerprint import fingerprint
 from .._vectors.model import as_model

@@ -2,21 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 from torch import Tensor
 
-from .._engine.lift import Ruled
-from .._engine.run import source_of
+from .._engine.lazy import source_of
 from .._engine.sources import Source
 from .._vectors.model import check_mapping
 from ..errors import LocationError, OptionError
 from .hub import Remote, companions, is_hub_name, open_hub
+from .provenance import model_name, names_of, rules_of, within
 from .safetensors import File
 
 __all__ = ["Like", "carried", "model_card"]
@@ -47,7 +46,7 @@ def carried(like: Like) -> dict[str, bytes]:
     else:
         found = companions(origin.repository, CARRIED)
     if "config.json" not in found:
-        raise LocationError(f"like= must be a folder with a config.json; {_name(origin)} has none")
+        raise LocationError(f"like= must be a folder with a config.json; {model_name(origin)} has none")
     return {name: path.read_bytes() for name, path in found.items()}
 
 
@@ -60,12 +59,12 @@ def model_card(source: Source, like: Like, title: str, said: Mapping[str, str]) 
         title: of the card.
         said: what the user says of it.
     """
-    bases = list(dict.fromkeys([_name(_origin(like)), *_names(source)]))
+    bases = list(dict.fromkeys([model_name(_origin(like)), *names_of(source)]))
     lines = ["---", "base_model:", *(f"- {json.dumps(name)}" for name in bases), "library_name: transformers", "tags:"]
     lines += ["- merge", "- taskvec", "---", f"# {title}", ""]
     lines += [f"Merged with taskvec {version('taskvec')} from:", ""]
     lines += [f"- `{name}`" for name in bases]
-    rules = list(dict.fromkeys(_rules(source)))
+    rules = list(dict.fromkeys(rules_of(source)))
     if rules:
         lines += ["", "Rules, inner ones first:", "", *(f"- `{rule}`" for rule in rules)]
     if said:
@@ -73,7 +72,7 @@ def model_card(source: Source, like: Like, title: str, said: Mapping[str, str]) 
     return "\n".join(lines) + "\n"
 
 
-def _origin(like: Like) -> "Path | Remote":
+def _origin(like: Like) -> Path | Remote:
     """The folder of a model, or the repository."""
     if isinstance(like, str | os.PathLike):
         if Path(like).is_dir():
@@ -82,7 +81,7 @@ def _origin(like: Like) -> "Path | Remote":
             raise LocationError(f"like= must be a folder, or what load() gave of one; there is no {os.fspath(like)!r}")
         like = open_hub(os.fspath(like), None)
     check_mapping("like", like)
-    for source in _within(source_of(like)):
+    for source in within(source_of(like)):
         if isinstance(source, Remote):
             return source
         if isinstance(source, File):
@@ -90,55 +89,3 @@ def _origin(like: Like) -> "Path | Remote":
     raise OptionError(
         "like= must be a folder, or what load() gave of one; got a mapping in memory, which has no folder; use the path"
     )
-
-
-def _name(origin: "Path | Remote") -> str:
-    """What a model is called: its name on the Hub, or in its configuration, or that of its folder; never a path."""
-    if isinstance(origin, Remote):
-        return origin.repository.name
-    try:
-        config: Any = json.loads((origin / "config.json").read_text("utf-8"))
-        name = str(config.get("_name_or_path") or origin.resolve())
-        return name if is_hub_name(name) and not Path(name).is_absolute() else Path(name).name
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return origin.resolve().name
-
-
-def _names(source: Source) -> Iterator[str]:
-    """The models on disk and on the Hub that something is made of."""
-    for part in _within(source):
-        if isinstance(part, Remote):
-            yield part.repository.name
-        elif isinstance(part, File):
-            yield _name(Path(next(iter(part.files.values()))).parent)
-
-
-def _rules(source: Source) -> Iterator[str]:
-    for part in _within(source):
-        if isinstance(part, Ruled):
-            rule: Any = part.rule
-            given = dict(part.options.given)
-            while isinstance(rule, partial):
-                given = rule.keywords | given
-                rule = cast("Any", rule.func)
-            options = ", ".join(f"{key}={_short(value)}" for key, value in given.items())
-            yield f"{getattr(rule, '__name__', repr(rule))}({options})"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"<{type(value).__name__}>"
-
-
-def _within(source: Source) -> Iterator[Source]:
-    """A source and what it is made of, inner ones first; each once."""
-    seen: set[int] = set()
-
-    def visit(part: Source) -> Iterator[Source]:
-        if id(part) not in seen:
-            seen.add(id(part))
-            for inner in part.sources:
-                yield from visit(inner)
-            yield part
-
-    return visit(source)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from typing_extensions import override
 
+from .._engine.lazy import Lazy
 from .._engine.names import listed
-from .._engine.run import Lazy
 from .._engine.sources import Spec
 from .._vectors.vector import TaskVector
 from ..errors import FormatError, LocationError, TaskvecError

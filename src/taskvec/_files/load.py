@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .._engine.run import Lazy
+from .._engine.lazy import Lazy
 from .._vectors.backdoor import BackdoorVector
 from .._vectors.model import tied_names
 from .._vectors.vector import TaskVector

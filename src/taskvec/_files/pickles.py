@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._engine.lazy import Lazy
 from .._engine.names import listed
-from .._engine.run import Lazy
 from .._engine.sources import Pull, Source, flat_run, spec_of
 from .._vectors.model import tied_names
 from ..errors import FormatError

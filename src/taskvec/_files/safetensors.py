@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from .._engine.lazy import Lazy
 from .._engine.names import listed
-from .._engine.run import Lazy
 from .._engine.sources import Pull, Source, Spec
 from ..errors import FormatError, LocationError
 from .format import DTYPES

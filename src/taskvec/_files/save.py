@@ -1,37 +1,40 @@
 """save: any mapping of tensors into safetensors, block by block, atomically: readers never see partial files.
 
-A file's header follows from names, shapes and dtypes alone, so files are laid out first and each block goes straight to
-its place, from several threads. Files are made under a temporary name beside the target and renamed when they are
-complete and on disk.
+Files are laid out first, under a temporary name beside the target, and every block goes straight to its place, from any
+worker. A journal tells what is there already, so that a killed run can continue. The finished output takes the target's
+place in one step.
 """
 
 import errno
 import json
 import os
 import shutil
-import tempfile
-import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .._engine.run import Lazy, source_of, stream
-from .._engine.sources import Source, Spec
+from .._engine.lazy import Lazy, source_of
+from .._engine.memory import peak_bytes
+from .._engine.run import stream
+from .._engine.sources import Source
 from .._vectors.model import check_mapping
 from .._vectors.vector import TaskVector
-from ..errors import DegenerateError, DtypeError, ExistsError, LocationError, RangeError, RuleError
+from ..errors import DegenerateError, ExistsError, LocationError, RangeError
 from .cards import Like, carried, model_card
-from .format import DTYPES, INDEX, record
+from .format import INDEX, record
+from .layout import Layout, Writer, Written, lay_out, put, read_back, shard_files
+from .partial import Partial, begun, keep_owner, sync, sync_folder, take_place
 from .pickles import SUFFIXES
+from .progress import Progress
+from .provenance import PROVENANCE, RESULT, digest, provenance
 from .safetensors import weight_files
 
-__all__ = ["check_target", "save", "write_folder"]
+__all__ = ["How", "check_target", "peak_memory", "save", "write"]
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -41,15 +44,18 @@ def save(
     *,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     metadata: Mapping[str, str] | None = None,
     workers: int = 2,
+    executor: Executor | None = None,
+    memory: int | str | None = None,
     like: Like | None = None,
 ) -> None:
     """Write a mapping of tensors as safetensors: one file, or a folder of shards with an index.
 
-    A lazy mapping is computed block by block while it is written. Everything is written beside the target and renamed
-    when complete, so that readers never see partial files; after a full disk or a kill what was there before is still
-    there.
+    A lazy mapping is computed block by block while it is written. Everything is written beside the target, and takes
+    its place in one step when it is complete, so that readers never see partial files; after a full disk or a kill
+    what was there before is still there. The bits do not depend on shards, workers, executors or interruptions.
 
     Args:
         mapping: a state dict, a lazy mapping, a `TaskVector` or a `BackdoorVector` (which `load` gives back as such).
@@ -57,22 +63,32 @@ def save(
         max_shard_size: bytes per shard, as a number or such as `"5GB"`; only for a folder, whose default is one shard.
             A larger tensor gets a shard of its own.
         overwrite: replace a file, or a folder's weight files and their index; all else in the folder stays.
+        resume: continue a run that was killed, if there is one and it was of the same result; and keep what is
+            written if this one fails. A target that holds this very result already is left as it is.
         metadata: strings to keep in the files, beside those that came with the mapping.
         workers: threads that compute and write; a rule that is not marked runs in one.
+        executor: computes and writes instead, in its own processes: any `concurrent.futures.Executor`, such as that of
+            a Dask cluster whose workers see the same files. Inputs must be on disk.
+        memory: bytes that may be taken, as a number or such as `"2GB"`; see `peak_memory`.
         like: a folder of a Hugging Face model, or what `load` gave of one, here or on the Hub: its configuration and
             its tokenizer's files are copied beside the weights, and a model card says what was merged and how, so that
             `from_pretrained` opens the folder.
 
     Raises:
-        ExistsError: something is there, and overwrite is false.
+        ExistsError: something is there, and overwrite is false; or an unfinished output is there, and resume is false
+            or it is of another result; or another process writes there now.
         LocationError: the parent folder does not exist.
-        RangeError: a path with the suffix of a pickle, a shard size or a number of workers that is not positive.
+        RangeError: a path with the suffix of a pickle, a shard size or a number of workers that is not positive, less
+            memory than is needed, names or metadata that readers would refuse.
         DegenerateError: nothing to save.
         DtypeError: a dtype that safetensors cannot hold.
+        OptionError: an executor of other processes, and inputs or rules that cannot be sent to them.
+        FormatError: an input that was changed after it was opened.
         OSError: a full disk, or any other failure to write; the message names the file.
 
     Examples:
         >>> import tempfile
+        >>> import torch
         >>> from taskvec import load
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save({"w": torch.ones(2)}, f"{folder}/model.safetensors")
@@ -81,57 +97,161 @@ def save(
     """
     target = Path(path)
     one_file = target.suffix == ".safetensors"
-    check_target(target, one_file, overwrite)
+    _check_place(target, one_file)
     if one_file and max_shard_size is not None:
         raise RangeError(f"{os.fspath(path)!r} is one file; for shards give the name of a folder")
     if workers < 1:
         raise RangeError(f"workers must be at least 1; got {workers!r}")
     if one_file and like is not None:
         raise RangeError(f"{os.fspath(path)!r} is one file; like= carries files into a folder: give the name of one")
-    limit = _bytes(max_shard_size)
+    limit = None if max_shard_size is None else _bytes("max_shard_size", max_shard_size)
     source, said = _contents(mapping)
-    said = said | dict(metadata or {})
+    said = said | provenance(source) | dict(metadata or {})
     others: dict[str, bytes] = {}
     if like is not None:
         others = carried(like) | {"README.md": model_card(source, like, target.name, dict(metadata or {})).encode()}
-    if one_file:
-        with _beside(target) as temporary:
-            _write(source, {target.name: list(source.specs)}, temporary, said, workers)
-            (temporary / target.name).replace(target)
-        _sync_folder(target.parent)
-        return
-    write_folder(target, source, _shard_files(_shards(source.specs, limit)), others, said, workers)
+    files = {target.name: list(source.specs)} if one_file else shard_files(source.specs, limit)
+    how = How(overwrite, resume, workers, executor, None if memory is None else _bytes("memory", memory))
+    write(target, source, files, others, said, how)
 
 
-def write_folder(
-    target: Path,
-    source: Source,
-    files: Mapping[str, list[str]],
-    others: Mapping[str, bytes],
-    said: dict[str, str],
-    workers: int,
-) -> None:
-    """Write a folder of safetensors and other files, or put them into one that is there, atomically.
+def peak_memory(mapping: Mapping[str, Tensor], *, workers: int = 2) -> int:
+    """Bound the memory that `save` takes for a lazy mapping, beside what the process holds already.
+
+    `FIXED + workers * (chunks of all inputs + blocks of everything computed from them) + samples of statistics`, for
+    the tensor that needs most; it does not grow with the number of tensors. A rule that is not marked is given whole
+    tensors, and takes several of the largest.
 
     Args:
-        target: the folder.
+        mapping: what would be saved; nothing is read.
+        workers: as in `save`.
+
+    Returns:
+        Bytes.
+
+    Examples:
+        >>> import torch
+        >>> peak_memory({"w": torch.ones(1000)}) < 100_000_000
+        True
+    """
+    source = source_of(mapping)
+    return peak_bytes(source, list(source.specs), workers)
+
+
+class How(NamedTuple):
+    """How an output is written: see `save`."""
+
+    overwrite: bool = False
+    resume: bool = False
+    workers: int = 2
+    executor: Executor | None = None
+    memory: int | None = None
+
+
+def write(
+    target: Path,
+    source: Source,
+    files: Mapping[str, Sequence[str]],
+    others: Mapping[str, bytes],
+    said: Mapping[str, str],
+    how: How,
+) -> None:
+    """Write safetensors and other files as one folder, or one file, atomically.
+
+    Args:
+        target: a folder, or a file if its name is that of the only one of `files`.
         source: the tensors.
         files: the name of each file -> the names of its tensors; several get an index.
         others: name -> contents of further files.
         said: metadata of the safetensors.
-        workers: threads.
+        how: the options of `save`.
     """
-    with _beside(target) as temporary:
-        complete = temporary / "complete"
-        complete.mkdir()
-        _write_files(source, files, complete, said, workers)
-        for name, contents in others.items():
-            _write_bytes(complete / name, contents)
-        if target.exists():  # two renames; between them the old folder lies beside its place, whole
-            _keep_others(target, complete)
-            target.replace(temporary / "old")
-        complete.replace(target)
-    _sync_folder(target.parent)
+    one_file = list(files) == [target.name]
+    layout = lay_out(source.specs, files, said)
+    same = digest(source, contents=how.resume)
+    if not how.resume:
+        check_target(target, one_file, how.overwrite)
+    _check_memory(source, how)
+    with begun(target, same, resume=how.resume) as partial:
+        if how.resume and (_taken(target, partial) or _holds(target, one_file, layout, said)):
+            return  # killed after it took its place, or not at all
+        check_target(target, one_file, how.overwrite)
+        _check_space(partial, layout)
+        _write_files(partial, source, layout, how)
+        index = _index(source, files)
+        for name, contents in (others | ({INDEX: index} if len(files) > 1 else {})).items():
+            _write_bytes(partial.complete / name, contents)
+        sync_folder(partial.complete)
+        new = partial.complete / target.name if one_file else partial.complete
+        if target.exists():
+            _keep_what_stays(target, new, one_file)
+        partial.ready(new)
+        take_place(new, target, partial.folder / "old", overwrite=how.overwrite)
+        sync_folder(target.parent)
+
+
+def _write_files(partial: Partial, source: Source, layout: Layout, how: How) -> None:
+    """Reserve the files, then write each chunk of each tensor to its place, but those that are there."""
+    for file, size in layout.sizes.items():
+        with (partial.complete / file).open("ab", buffering=0) as opened:
+            _reserve(opened.fileno(), size)
+        with (partial.complete / file).open("r+b", buffering=0) as opened:
+            put(opened.fileno(), layout.headers[file], 0)
+    names = list(layout.places)
+    done = {w[:3] for w in map(_written, partial.entries()) if w and _is_there(partial, layout, source, w)}
+    total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
+    with Progress(total) as progress:
+
+        def heard(written: Written) -> None:
+            partial.note(written)
+            progress.add((written.stop - written.start) * source.specs[written.name].dtype.itemsize)
+
+        for name, start, stop in done:
+            progress.add((stop - start) * source.specs[name].dtype.itemsize, now=False)
+        writer = Writer(partial.complete, layout, source.specs)
+        stream(source, writer, names, how.workers, executor=how.executor, done=done, heard=heard)
+    for file in layout.sizes:
+        sync(partial.complete / file)
+
+
+def _written(entry: list[object]) -> Written | None:
+    return Written(*entry[1:]) if entry[0] == "written" and len(entry) == 5 else None  # type: ignore[arg-type]
+
+
+def _is_there(partial: Partial, layout: Layout, source: Source, written: Written) -> bool:
+    """Whether a chunk is in its file as the journal says: after a power cut the journal may be ahead."""
+    if written.name not in layout.places:
+        return False
+    return read_back(partial.complete, layout, source.specs, written) == written.checksum
+
+
+def _taken(target: Path, partial: Partial) -> bool:
+    """Whether what the journal calls ready is in the target's place already."""
+    last = partial.entries()[-1:]
+    if not last or last[0][0] != "ready" or not target.exists():
+        return False
+    found = target.stat()
+    return last[0][1:] == [found.st_dev, found.st_ino]
+
+
+def _holds(target: Path, one_file: bool, layout: Layout, said: Mapping[str, str]) -> bool:
+    """Whether the target is this very output: its headers say so, with a hash of all that it depends on."""
+    if f'"{RESULT}"' not in said.get(PROVENANCE, ""):
+        return False
+    for file, header in layout.headers.items():
+        path = target if one_file else target / file
+        if not path.is_file() or path.stat().st_size != layout.sizes[file]:
+            return False
+        with path.open("rb") as opened:
+            if opened.read(len(header)) != header:
+                return False
+    return True
+
+
+def _index(source: Source, files: Mapping[str, Sequence[str]]) -> bytes:
+    total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 
 
 def _write_bytes(path: Path, contents: bytes) -> None:
@@ -141,16 +261,16 @@ def _write_bytes(path: Path, contents: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def check_target(target: Path, one_file: bool, overwrite: bool) -> None:
-    """Refuse a place that nothing can be written to."""
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def _check_place(target: Path, one_file: bool) -> None:
+    """Refuse a place that nothing can be written to, whatever is there."""
     if target.suffix in SUFFIXES:
         raise RangeError(
             f"{os.fspath(target)!r} has the suffix of a pickle; save() writes safetensors: use "
             f"{os.fspath(target.with_suffix('.safetensors'))!r}, or the name of a folder"
         )
-    if (target.exists() or target.is_symlink()) and not overwrite:
-        replaced = "it" if one_file else "its weight files and their index; all else in the folder stays"
-        raise ExistsError(f"{os.fspath(target)!r} is already there; use overwrite=True to replace {replaced}")
     if target.exists() and target.is_dir() == one_file:
         raise ExistsError(
             f"{os.fspath(target)!r} is a {'folder' if one_file else 'file'}: it is not replaced by the other kind"
@@ -159,17 +279,75 @@ def check_target(target: Path, one_file: bool, overwrite: bool) -> None:
         raise LocationError(f"there is no folder {os.fspath(target.parent)!r} to write into; make it first")
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Put everything of an old folder but its weight files into the new one, as links to the same files."""
-    replaced = {*weight_files(old), *(path.name for path in new.iterdir())}
+def check_target(target: Path, one_file: bool, overwrite: bool) -> None:
+    """Refuse a place that nothing can or may be written to."""
+    _check_place(target, one_file)
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        replaced = "it" if one_file else "its weight files and their index; all else in the folder stays"
+        raise ExistsError(f"{os.fspath(target)!r} is already there; use overwrite=True to replace {replaced}")
 
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        return replaced & set(names) if Path(folder) == old else set()
 
-    shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+def _check_memory(source: Source, how: How) -> None:
+    """Refuse or warn of what will not fit; other processes have memory of their own."""
+    if how.executor is not None:
+        return
+    needed = peak_bytes(source, list(source.specs), how.workers)
+    if how.memory is not None and needed > how.memory:
+        raise RangeError(
+            f"memory must be at least {needed:,} bytes for this with {how.workers} workers; got {how.memory:,}; use "
+            "fewer workers, or a rule that runs on pieces (see taskvec.rules.runs)"
+        )
+    free = _free_memory()
+    if how.memory is None and free is not None and needed > free:
+        warnings.warn(
+            f"save() may need {needed:,} bytes of memory, and {free:,} are free", ResourceWarning, stacklevel=4
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _check_space(partial: Partial, layout: Layout) -> None:
+    """Refuse an output that the disk cannot hold, before anything is computed."""
+    there = sum(path.stat().st_blocks * 512 for path in partial.complete.iterdir()) if os.name == "posix" else 0
+    needed, free = sum(layout.sizes.values()) - there, shutil.disk_usage(partial.folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"this takes {needed:,} bytes, and {free:,} are free", os.fspath(partial.folder))
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space of a file."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+# --- what stays ------------------------------------------------------------------------------------------------------
+
+
+def _keep_what_stays(old: Path, new: Path, one_file: bool) -> None:
+    """Carry over everything of an old folder but its weight files, and the modes and owners of what is replaced."""
+    if not one_file:
+        replaced = {*weight_files(old), *(path.name for path in new.iterdir())}
+        for name in {path.name for path in new.iterdir()} & {path.name for path in old.iterdir()}:
+            keep_owner(old / name, new / name)
+
+        def ignored(folder: str, names: list[str]) -> set[str]:
+            return replaced & set(names) if Path(folder) == old else set()
+
+        shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+    keep_owner(old, new)
 
 
 def _link(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)  # of a run that was killed
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # a system without links
@@ -185,140 +363,10 @@ def _contents(mapping: Mapping[str, Tensor]) -> tuple[Source, dict[str, str]]:
         said = dict(mapping.metadata) if isinstance(mapping, Lazy) else {}
     if not source.specs:
         raise DegenerateError("there is nothing to save: the mapping is empty")
-    for name, spec in source.specs.items():
-        if spec.dtype not in CODES:
-            raise DtypeError(f"{name!r} is {spec.dtype}, which safetensors cannot hold")
     return source, {"format": "pt"} | said
 
 
-def _shards(specs: Mapping[str, Spec], limit: int | None) -> list[list[str]]:
-    """The names of each shard, in order, none above the limit unless one tensor is."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, spec in specs.items():
-        size = spec.entries * spec.dtype.itemsize
-        if limit is not None and shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _shard_files(shards: Sequence[list[str]]) -> dict[str, list[str]]:
-    """The name of each file, and the names of its tensors."""
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def _write_files(
-    source: Source, files: Mapping[str, list[str]], folder: Path, said: dict[str, str], workers: int
-) -> None:
-    _write(source, files, folder, said, workers)
-    if len(files) > 1:
-        total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_bytes(folder / INDEX, json.dumps(index, indent=2).encode())
-    _sync_folder(folder)
-
-
-def _write(source: Source, files: Mapping[str, list[str]], folder: Path, said: dict[str, str], workers: int) -> None:
-    """Lay the files out, then write each block of each tensor to its place."""
-    places: dict[str, tuple[int, int]] = {}  # name -> descriptor of its file, place of its first byte
-    with ExitStack() as opened:
-        for file, names in files.items():
-            descriptor = opened.enter_context((folder / file).open("w+b", buffering=0)).fileno()
-            header, begins, size = _layout(source.specs, names, said)
-            _reserve(descriptor, len(header) + size)
-            _put(descriptor, memoryview(header), 0)
-            places |= {name: (descriptor, len(header) + begin) for name, begin in begins.items()}
-
-        def write(name: str, start: int, block: Tensor) -> None:
-            spec = source.specs[name]
-            if block.dtype != spec.dtype or start + len(block) > spec.entries:
-                raise RuleError(
-                    f"{name!r} must be {spec.entries} entries of {spec.dtype}; "
-                    f"got {len(block)} of {block.dtype} at {start}"
-                )
-            descriptor, begin = places[name]
-            _put(descriptor, _raw(block), begin + start * spec.dtype.itemsize)
-
-        stream(source, write, [name for names in files.values() for name in names], workers)
-        for descriptor in {descriptor for descriptor, _ in places.values()}:
-            os.fsync(descriptor)
-
-
-def _layout(specs: Mapping[str, Spec], names: list[str], said: dict[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """A file's header, where each tensor begins in the bytes behind it, and how many those are."""
-    ordered = sorted(names, key=lambda name: -specs[name].dtype.itemsize)  # wide first: everything is aligned
-    entries: dict[str, Any] = {"__metadata__": said}
-    begins: dict[str, int] = {}
-    begin = 0
-    for name in ordered:
-        spec = specs[name]
-        end = begin + spec.entries * spec.dtype.itemsize
-        entries[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
-        begins[name] = begin
-        begin = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, begins, begin
-
-
-def _raw(block: Tensor) -> memoryview:
-    """The bytes of a block."""
-    block = block.detach().cpu()
-    if block.stride() != (1,):  # one entry of a tensor with gaps counts as contiguous, and has no bytes to view
-        block = torch.empty(len(block), dtype=block.dtype, device="cpu").copy_(block)
-    found: Any = block.view(torch.uint8).numpy()
-    return memoryview(found)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the space of a file, so that a full disk is noticed before anything is computed."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.truncate(descriptor, size)
-
-
-_SEEKING = threading.Lock()  # where there is no pwrite
-
-
-def _put(descriptor: int, data: memoryview, place: int) -> None:
-    """Write bytes at a place of a file."""
-    while data:
-        if hasattr(os, "pwrite"):
-            count = os.pwrite(descriptor, data, place)
-        else:
-            with _SEEKING:
-                os.lseek(descriptor, place, os.SEEK_SET)
-                count = os.write(descriptor, data)
-        data, place = data[count:], place + count
-
-
-@contextmanager
-def _beside(target: Path) -> Generator[Path]:
-    """A temporary folder beside the target, gone afterwards whatever happens."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error.add_note(f"the disk is full: {os.fspath(target)!r} was not written, and what was there is untouched")
-        raise
-    finally:
-        old = temporary / "old"
-        if old.exists() and not target.exists():  # the second rename failed: put it back
-            old.replace(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _bytes(size: int | str | None) -> int | None:
-    if size is None:
-        return None
+def _bytes(option: str, size: int | str) -> int:
     if isinstance(size, str):
         text = size.strip().upper()
         unit = next((u for u in sorted(UNITS, key=len, reverse=True) if text.endswith(u)), "")
@@ -326,16 +374,7 @@ def _bytes(size: int | str | None) -> int | None:
         try:
             size = int(float(number) * UNITS.get(unit, 1))
         except ValueError:
-            raise RangeError(f"max_shard_size must be bytes or text such as '5GB'; got {size!r}") from None
+            raise RangeError(f"{option} must be bytes or text such as '5GB'; got {size!r}") from None
     if size <= 0:
-        raise RangeError(f"max_shard_size must be positive; got {size!r}")
+        raise RangeError(f"{option} must be positive; got {size!r}")
     return size
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # a rename is on disk when its folder is
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,7 +14,7 @@ from .._engine.sources import Memory
 from .._vectors.vector import TaskVector, check_vector
 from ..errors import DegenerateError, DtypeError, NonFiniteError, RangeError
 from .adapters import CONFIG, PREFIX, WEIGHTS
-from .save import check_target, write_folder
+from .save import How, check_target, write
 
 __all__ = ["save_adapter"]
 
@@ -84,7 +84,7 @@ def save_adapter(
         raise DegenerateError("there is nothing to save: the vector is zero")
     config = json.dumps(_config(ranks, base_model), indent=2, sort_keys=True)
     files = {WEIGHTS: list(factors)}
-    write_folder(target, Memory(factors), files, {CONFIG: config.encode()}, {"format": "pt"}, workers=1)
+    write(target, Memory(factors), files, {CONFIG: config.encode()}, {"format": "pt"}, How(overwrite, workers=1))
     return lost
 
 

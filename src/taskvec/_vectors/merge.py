@@ -5,10 +5,10 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 
+from .._engine.lazy import mapping_of
 from .._engine.lift import lift
 from .._engine.marks import Rule, check_kind_of_rule
 from .._engine.names import check_aligned
-from .._engine.run import mapping_of
 from .._engine.sources import elementwise, joined, renamed
 from ..errors import DegenerateError, MismatchError, OptionError
 from .arithmetic import copied

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from .._engine.lazy import Lazy, mapping_of, source_of
 from .._engine.names import Patterns, as_patterns, listed, matching, unmatched
-from .._engine.run import Lazy, mapping_of, source_of
 from .._engine.sources import Memory, Source, Spec, renamed
 from ..errors import AliasError, DtypeError, MismatchError, MissingError, OptionError
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from .._engine.lazy import Lazy, mapping_of, source_of
 from .._engine.lift import lift
 from .._engine.marks import Leaf, check_kind_of_rule
 from .._engine.names import Patterns, check_aligned, listed, matching
-from .._engine.run import Lazy, mapping_of, measure, source_of
+from .._engine.run import measure, settle
 from .._engine.sources import Memory, Source, elementwise, joined, renamed
 from .._engine.totals import gram
 from ..errors import DegenerateError, DtypeError, MismatchError, MissingError, NonFiniteError, OptionError
@@ -91,6 +92,10 @@ class TaskVector(Mapping[str, Tensor]):
                 raise DtypeError(f"{name!r} is {spec.dtype}: a task vector holds floating-point differences only")
         self._source = source
         self._meta = dict(meta or {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        settle(self._source)
+        return self.__dict__
 
     @classmethod
     def between(

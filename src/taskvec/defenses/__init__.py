@@ -11,7 +11,7 @@ from ._probes import consensus_subtraction, injection_subtraction, negate, proje
 from ._prototypes import prototype, purify
 from ._screening import Screening, screen
 from ._strength import choose_strength
-from ._texts import label_z_scores, onion, without_spurious, word_suspicion
+from ._texts import bigram_perplexity, label_z_scores, onion, without_spurious, word_suspicion
 from ._twins import random_twin, shuffled_twin
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Screening",
     "Substitution",
     "bank_scores",
+    "bigram_perplexity",
     "choose_strength",
     "clip_norms",
     "consensus_subtraction",

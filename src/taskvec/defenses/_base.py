@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._engine.run import single_thread
+from .._engine.pools import single_thread
 from .._vectors.checks import check_models, check_vector
 from .._vectors.merge import merge
 from .._vectors.model import Params

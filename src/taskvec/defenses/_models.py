@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from .._engine.lazy import mapping_of
 from .._engine.names import check_aligned, listed, matching
-from .._engine.run import mapping_of
 from .._engine.sources import joined
 from .._vectors.arithmetic import Scale
 from .._vectors.checks import check_mapping, check_models

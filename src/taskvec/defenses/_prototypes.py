@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._engine.run import single_thread
+from .._engine.pools import single_thread
 from .._vectors.backdoor import BackdoorVector
 from .._vectors.checks import check_models, check_vector, checked_vectors
 from .._vectors.merge import merge

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._engine.names import check_aligned
-from .._engine.run import measure, single_thread
+from .._engine.pools import single_thread
+from .._engine.run import measure
 from .._engine.totals import gram, numbers_in, over
 from .._vectors.checks import check_vector, checked_vectors
 from .._vectors.fingerprint import common_meta

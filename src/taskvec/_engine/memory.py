@@ -1,0 +1,86 @@
+"""How much memory a computation will take, known before it starts: a bound, from shapes and the parts of a result."""
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+
+import torch
+
+from .lift import Ruled
+from .pieces import chunk_size, piece_size
+from .run import Run, Stack, workers_of
+from .select import HELD, SAMPLE
+from .sources import Foreign, Memory, Source
+
+__all__ = ["peak_bytes"]
+
+FIXED = 48 << 20
+"""Bytes of threads, of their stacks, and of what the allocator keeps, whatever is computed."""
+
+LIVE = 3
+"""Blocks of every vector that a rule holds at once, at most, beside its stack."""
+
+
+def peak_bytes(source: Source, names: Sequence[str], workers: int) -> int:
+    """A bound on the bytes that computing some tensors block by block takes beside what is in memory already.
+
+    For each worker the chunks that it has read and the blocks that it computes from them, of the tensor that needs
+    most; once the samples and keys of statistics.
+
+    Args:
+        source: what is computed.
+        names: the tensors.
+        workers: threads.
+    """
+    run = Run(source)
+    largest = max((_of_task(run, name) for name in names), default=0)
+    return FIXED + workers_of(run, names, workers) * largest + max(_of_statistics(run, names), default=0)
+
+
+def _of_task(run: Run, name: str) -> int:
+    """The bytes of one chunk's inputs, and of one block on its way through everything that is computed from them."""
+    entries, grain = run.root.specs[name].entries, run.root.grain(name)
+    size = piece_size(run.root.specs[name], "element", run.root.device(name))
+    grain = max(1, size // grain) * grain
+    block, chunk = min(entries, grain), min(entries, chunk_size(grain))
+    total = 0
+    for source, own in _reached(run, name):
+        width = 8 if source.specs[own].dtype == torch.float64 else 4
+        if isinstance(source, Memory):
+            continue
+        if isinstance(source, Foreign):
+            total += source.specs[own].entries * source.specs[own].dtype.itemsize
+        elif not source.sources:
+            total += chunk * source.specs[own].dtype.itemsize
+        elif isinstance(source, Stack):
+            total += block * width * ((1 + LIVE) * len(source.sources) + 2)
+        else:
+            total += block * width * 2
+    return total
+
+
+def _of_statistics(run: Run, names: Sequence[str]) -> Iterator[int]:
+    for source in run.nodes:
+        if isinstance(source, Ruled) and source.mark.statistics:
+            own = [source.specs[name].entries for name in source.specs]
+            entries = sum(own) if source.options.scope == "global" else max(own, default=0)
+            sample = min(SAMPLE, ceil(entries ** (2 / 3)))
+            # a bracket of five standard deviations around a key of the sample; sorted and joined copies
+            held = min(HELD, entries, 10 * entries // max(1, 2 * int(sample**0.5)) + sample)
+            overlapping = 1 if source.options.scope == "global" else min(len(names), 2)
+            yield overlapping * len(source.sources) * 8 * 3 * (sample + held)
+
+
+def _reached(run: Run, name: str) -> list[tuple[Source, str]]:
+    """Everything that one tensor is made of, each once."""
+    found: dict[tuple[int, str], tuple[Source, str]] = {}
+
+    def visit(source: Source, own: str) -> None:
+        source = run.same[id(source)]
+        key = run.number[id(source)], own
+        if key not in found:
+            found[key] = source, own
+            for part, inner in source.parts(own):
+                visit(part, inner)
+
+    visit(run.root, name)
+    return list(found.values())
