@@ -330,11 +330,11 @@ def spoilt(x: Tensor) -> Tensor:
     return x / 0
 
 
-def dies_once(stack: Tensor, folder: str) -> Tensor:
+def dies_once(stack: Tensor, where: str) -> Tensor:
     """Ends its process at the last tensor, but only once."""
     if stack.shape[1:] == SHAPES["t"]:
         try:
-            (Path(folder) / "died").open("x").close()
+            (Path(where) / "died").open("x").close()
         except FileExistsError:
             return stack[0]
         os._exit(3)
@@ -403,9 +403,9 @@ def test_an_error_in_another_process_comes_back_and_can_be_mended(disk, processe
 
 def test_a_worker_that_dies_ends_the_save_and_resume_completes_it(disk):
     with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.raises(BrokenProcessPool) as caught:
-        save(merged(disk, dies_once, folder=str(disk)), disk / "out", executor=pool, resume=True)
+        save(merged(disk, dies_once, where=str(disk)), disk / "out", executor=pool, resume=True)
     assert "the same call continues it" in caught.value.__notes__[0]
-    save(merged(disk, dies_once, folder=str(disk)), disk / "out", resume=True)
+    save(merged(disk, dies_once, where=str(disk)), disk / "out", resume=True)
     base, tuned = load(disk / "0"), load(disk / "1")
     assert same(dict(load(disk / "out")), dict(TaskVector.between(base, tuned).apply(base)))
 
@@ -447,7 +447,7 @@ def test_a_dask_cluster_writes_the_same_bits_though_a_worker_dies(disk):
         executor = client.get_executor(pure=False, retries=2)
         save(merged(disk, ties, density=0.3), disk / "there", max_shard_size="200KB", executor=executor)
         assert bits(disk / "here") == bits(disk / "there")
-        save(merged(disk, dies_once, folder=str(disk)), disk / "died once", executor=executor)
+        save(merged(disk, dies_once, where=str(disk)), disk / "died once", executor=executor)
     assert (disk / "died").exists()
     found, base = load(disk / "died once"), load(disk / "0")
     expected = TaskVector.between(base, load(disk / "1")).apply(base)

@@ -257,7 +257,7 @@ class Known(NamedTuple):
 
     sample: Any
     fraction: float
-    count: int
+    total: int
     width: float = 5.0
     stuck: bool = False  # a bracket that cannot be narrowed: many keys are equal
 
@@ -270,7 +270,7 @@ class Known(NamedTuple):
         low = int(self.sample[m - 1 - last]) if last < m else 0
         high = int(self.sample[m - 1 - first]) if first > 0 else TOP
         shrinks = 2 * margin < m and not self.stuck
-        return Bracket(low, high, ceil(self.count * 2 * margin / m / HELD) if shrinks else 1)
+        return Bracket(low, high, ceil(self.total * 2 * margin / m / HELD) if shrinks else 1)
 
 
 def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, equals: Sequence[int | None]) -> Passes:
@@ -294,7 +294,7 @@ def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, eq
             if isinstance(result, Found):
                 found[i] = result
             elif result is not None:
-                known[i] = result._replace(stuck=2 * result.count > known[i].count)
+                known[i] = result._replace(stuck=2 * result.total > known[i].total)
             else:  # wider, and in the end everything
                 known[i] = known[i]._replace(width=8 * known[i].width)
     return found

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import ExistsError
 from .layout import Written
@@ -72,7 +72,7 @@ class Partial:
                     break
                 if not line.endswith(b"\n") or not isinstance(entry, list):
                     break
-                found.append(entry)
+                found.append(cast("list[Any]", entry))
         return found
 
     def remove(self) -> None:

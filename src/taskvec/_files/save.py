@@ -178,8 +178,8 @@ def write(
         check_target(target, one_file, how.overwrite)
         _check_space(partial, layout)
         _write_files(partial, source, layout, how)
-        index = _index(source, files)
-        for name, contents in (others | ({INDEX: index} if len(files) > 1 else {})).items():
+        index = {INDEX: _index(source, files)} if len(files) > 1 else {}
+        for name, contents in {**others, **index}.items():
             _write_bytes(partial.complete / name, contents)
         sync_folder(partial.complete)
         new = partial.complete / target.name if one_file else partial.complete
