@@ -68,9 +68,9 @@ class Partial:
             for line in file:
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     break
-                if not line.endswith(b"\n") or not isinstance(entry, list):
+                if not line.endswith(b"\n") or not isinstance(entry, list) or not entry:
                     break
                 found.append(cast("list[Any]", entry))
         return found

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -198,7 +198,12 @@ def _write_files(partial: Partial, source: Source, layout: Layout, how: How) -> 
         with (partial.complete / file).open("r+b", buffering=0) as opened:
             put(opened.fileno(), layout.headers[file], 0)
     names = list(layout.places)
-    done = {w[:3] for w in map(_written, partial.entries()) if w and _is_there(partial, layout, source, w)}
+    written = (_written(entry, source) for entry in partial.entries())
+    done = {
+        (one.name, one.start, one.stop)
+        for one in written
+        if one is not None and read_back(partial.complete, layout, source.specs, one) == one.checksum
+    }
     total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
     with Progress(total) as progress:
 
@@ -214,15 +219,13 @@ def _write_files(partial: Partial, source: Source, layout: Layout, how: How) -> 
         sync(partial.complete / file)
 
 
-def _written(entry: list[object]) -> Written | None:
-    return Written(*entry[1:]) if entry[0] == "written" and len(entry) == 5 else None  # type: ignore[arg-type]
-
-
-def _is_there(partial: Partial, layout: Layout, source: Source, written: Written) -> bool:
-    """Whether a chunk is in its file as the journal says: after a power cut the journal may be ahead."""
-    if written.name not in layout.places:
-        return False
-    return read_back(partial.complete, layout, source.specs, written) == written.checksum
+def _written(entry: Sequence[Any], source: Source) -> Written | None:
+    """A line of the journal, if it tells of a chunk that there can be."""
+    if len(entry) != 5 or entry[0] != "written" or entry[1] not in source.specs:
+        return None
+    if not all(type(number) is int for number in entry[2:]) or not 0 <= entry[2] <= entry[3]:
+        return None
+    return Written(*entry[1:]) if entry[3] <= source.specs[entry[1]].entries else None
 
 
 def _taken(target: Path, partial: Partial) -> bool:
@@ -322,11 +325,10 @@ def _check_space(partial: Partial, layout: Layout) -> None:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the space of a file."""
+    """Take the space of a file, and no more."""
+    os.truncate(descriptor, size)
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.truncate(descriptor, size)
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------
