@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from bench import own_texts, report, texts
+from bench import own_texts, report, texts, writer
 from bench.finetuning import batches, fit
 from bench.own_texts import Rows, Split
 from taskvec import TaskVector, load, merge, merges, save
@@ -315,6 +315,8 @@ def run(options: argparse.Namespace) -> str:
     classes = () if options.generate else own_texts.classes(split, options.target)
     if options.victim and classes:
         classes = own_texts.in_order_of(options.victim, classes)
+    if options.model == "small":
+        options.model = writer.folder()
     setting = Setting(
         model=str(options.model or texts.encoder()),
         classes=classes,
@@ -347,7 +349,11 @@ def run(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a folder or a name on the Hub; default: MiniLM, fetched once")
+    parser.add_argument(
+        "--model",
+        help="a folder or a name on the Hub; default: MiniLM, fetched once; "
+        "'small': a Llama that is trained here once, for --generate",
+    )
     parser.add_argument(
         "--data",
         default="tweets",
