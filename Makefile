@@ -109,6 +109,10 @@ dist: $(VENV)/.extra-dev ## wheel and sdist, and what is in them
 lines: $(VENV)/.torch ## how many lines of code each room has
 	@$(PY) tests/lines.py
 
+.PHONY: bench
+bench: $(VENV)/.extra-examples $(VENV)/.package ## merges from disk to disk, timed (7 GB): make bench ARGS="--mergekit ENV/bin/mergekit-yaml"
+	$(PY) examples/benchmarks/streaming.py $(ARGS)
+
 .PHONY: mutants
 mutants: $(VENV)/.extra-mutants ## change the library in one place at a time; does a test notice? (an hour)
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
