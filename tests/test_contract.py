@@ -100,6 +100,23 @@ RULES = [
     Row(merges.model_stock, {}, {ODD, PERMUTATION, SCALE}, n=2),
     Row(merges.model_stock, {"scope": "global"}, {ODD, PERMUTATION, SCALE}, n=4),
 ]
+# Rules that decompose matrices: their laws hold up to rounding, and are in test_matrices.
+MATRICES = [
+    Row(merges.tsv_m, {}, set()),
+    Row(merges.tsv_m, {"rest": "sum"}, set()),
+    Row(merges.iso_c, {}, set()),
+    Row(merges.iso_cts, {}, set()),
+    Row(merges.iso_cts, {"common": 0.5, "rest": "zero"}, set()),
+    Row(merges.star, {}, set()),
+    Row(merges.cart, {"share": 0.5}, set()),
+    Row(merges.subspace_boosting, {"share": 0.4}, set()),
+    Row(merges.knots, {"inner": merges.total}, set()),
+    Row(merges.core_space, {"inner": merges.total}, set()),
+    Row(merges.dc_merge, {}, set()),
+    Row(merges.actmat, {}, set()),
+    Row(merges.wudi, {}, set()),
+    Row(merges.wudi, {"solver": "adam", "steps": 3}, set()),
+]
 PRESETS = {
     "ties_reference": {"density": 0.4},
     "ties_badmerging": {"density": 0.4},
@@ -133,7 +150,7 @@ def of_table(rows: list[Row]) -> Any:
 
 @pytest.mark.parametrize("module", [sparsify, signs, merges], ids=lambda module: module.__name__)
 def test_every_public_rule_has_a_row(module):
-    here = {row.name for row in ROWS}
+    here = {row.name for row in ROWS + MATRICES}
     assert [name for name in module.__all__ if name not in here] == []
 
 
@@ -146,7 +163,7 @@ def check(row: Row, x: Tensor) -> None:
         (testing.check_leaf if row.kind == "leaf" else testing.check_rule)(row.function, x, **row.options)
 
 
-@of_table(ROWS)
+@of_table(ROWS + MATRICES)
 def test_the_contract_holds(row):
     @given(inputs(row))
     def holds(x):
@@ -155,7 +172,7 @@ def test_the_contract_holds(row):
     holds()
 
 
-@of_table(ROWS)
+@of_table(ROWS + MATRICES)
 @pytest.mark.parametrize("cancelling", [False, True])
 def test_the_contract_holds_where_sums_round(row, cancelling):
     """Five vectors and more: torch's own sums over them change bits, and signs, with the length of a piece."""
