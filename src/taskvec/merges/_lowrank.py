@@ -148,7 +148,7 @@ def _iso_cts(stack: Tensor, common: float) -> Tensor:
     own = round((size - int(size * common)) / n)
     shared = factors(total(stack), size - own * n)
     u = shared[0]
-    parts = [factors(x - u @ (u.T @ x), own) for x in stack]
+    parts = [factors(x - u @ (u.T @ x), own, beside=float(x.square().sum().sqrt())) for x in stack]
     return _joined([*parts, shared], flat, stack)
 
 
@@ -186,7 +186,7 @@ def star(stack: Tensor, share: float = 0.4, *, rest: Rest = "mean", matrix: bool
 
 
 def _star(stack: Tensor, share: float) -> Tensor:
-    kept = []
+    kept: list[Tensor] = []
     for x in stack:
         u, s, v = factors(x)
         rank = reached(s, share)

@@ -11,7 +11,7 @@ from .._engine.pools import single_thread
 from ..errors import NonFiniteError, RangeError
 from ._sums import mean, total
 
-__all__ = ["Rest", "by_matrix", "factors", "polar"]
+__all__ = ["Rest", "by_matrix", "factors", "polar", "smallest"]
 
 Rest: TypeAlias = Literal["mean", "sum", "zero"]
 """What becomes of tensors that are no matrices: their mean, their sum, or nothing (the base stays)."""
@@ -43,21 +43,26 @@ def by_matrix(stack: Tensor, merge: Callable[[Tensor], Tensor], rest: Rest, matr
     return merged.to(stack.dtype)
 
 
-def factors(x: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def factors(x: Tensor, most: int | None = None, *, beside: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The singular vectors and values of a matrix, cut at its numerical rank.
 
     Args:
         x: `(rows, columns)`.
         most: how many at most, the largest.
+        beside: a norm, where x is what is left of something larger, whose rounding it holds.
 
     Returns:
         `(rows, r)`, `(r,)`, `(r, columns)`; r is 0 for a zero matrix.
     """
     u, s, v = cast("tuple[Tensor, Tensor, Tensor]", cast("Any", torch.linalg).svd(x, full_matrices=False))
-    least = max(x.shape) * torch.finfo(x.dtype).eps * (s[0] if len(s) else 0)
-    rank = int((s > least).sum())
+    rank = int((s > smallest(x) * max(beside, float(s[0]))).sum())
     rank = rank if most is None else min(rank, most)
     return u[:, :rank], s[:rank], v[:rank]
+
+
+def smallest(x: Tensor) -> float:
+    """The singular values below this share of the largest are rounding."""
+    return max(x.shape) * torch.finfo(x.dtype).eps
 
 
 def polar(x: Tensor) -> Tensor:

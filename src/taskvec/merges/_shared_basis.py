@@ -152,8 +152,8 @@ def _dc_merge(stack: Tensor, inner: Inner) -> Tensor:
     right = _whitened(torch.cat([v for _, _, v in parts], 0).T)
     smooth = [recomposed(u, flat(s), v) if len(s) else torch.zeros_like(stack[0]) for u, s, v in parts]
     cores = torch.stack([left.T @ x @ right for x in smooth])
-    ones = [torch.ones(rank, rank, dtype=stack.dtype, device=stack.device) for rank in ranks]
-    return left @ (inner(cores) * torch.block_diag(*ones)) @ right.T
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(stack.device)
+    return left @ (inner(cores) * (owner[:, None] == owner)) @ right.T
 
 
 def _whitened(x: Tensor, least: float = 1e-6) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import RangeError
 from ..rules import runs
-from ._matrices import Rest, by_matrix
+from ._matrices import Rest, by_matrix, smallest
 from ._sums import factors_of, total
 
 __all__ = ["actmat", "wudi"]
@@ -54,12 +54,13 @@ def _actmat(stack: Tensor, factors: Sequence[float]) -> Tensor:
     wide = stack.to(torch.float64)
     grams = [factor * (x.T @ x) for x, factor in zip(wide, factors, strict=True)]
     weighed = total(torch.stack([x @ gram for x, gram in zip(wide, grams, strict=True)]))
-    return (weighed @ _pseudo_inverse(total(torch.stack(grams)))).to(stack.dtype)
+    return (weighed @ _inverse(total(torch.stack(grams)), stack[0])).to(stack.dtype)
 
 
-def _pseudo_inverse(x: Tensor) -> Tensor:
-    """Of a symmetric matrix, cut at its numerical rank."""
-    return cast("Tensor", cast("Any", torch.linalg).pinv(x, hermitian=True))
+def _inverse(gram: Tensor, x: Tensor) -> Tensor:
+    """The pseudo-inverse of a sum of Gram matrices, without directions that are rounding of what they are made from."""
+    cut = max(smallest(x) ** 2, smallest(gram))
+    return cast("Tensor", cast("Any", torch.linalg).pinv(gram, rtol=cut, hermitian=True))
 
 
 @runs("tensor")
@@ -115,7 +116,7 @@ def _wudi_exact(stack: Tensor) -> Tensor:
     norms = [float(x.square().sum()) for x in wide]
     grams = [x.T @ x / (norm or 1.0) for x, norm in zip(wide, norms, strict=True)]
     weighed = total(torch.stack([x @ gram for x, gram in zip(wide, grams, strict=True)]))
-    return (weighed @ _pseudo_inverse(total(torch.stack(grams)))).to(stack.dtype)
+    return (weighed @ _inverse(total(torch.stack(grams)), stack[0])).to(stack.dtype)
 
 
 def _wudi_adam(stack: Tensor, steps: int, rate: float) -> Tensor:
