@@ -152,7 +152,7 @@ def _dc_merge(stack: Tensor, inner: Inner) -> Tensor:
     right = _whitened(torch.cat([v for _, _, v in parts], 0).T)
     smooth = [recomposed(u, flat(s), v) if len(s) else torch.zeros_like(stack[0]) for u, s, v in parts]
     cores = torch.stack([left.T @ x @ right for x in smooth])
-    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(stack.device)
+    owner = torch.tensor([i for i, rank in enumerate(ranks) for _ in range(rank)], device=stack.device)
     return left @ (inner(cores) * (owner[:, None] == owner)) @ right.T
 
 
