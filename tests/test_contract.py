@@ -102,20 +102,20 @@ RULES = [
 ]
 # Rules that decompose matrices: their laws hold up to rounding, and are in test_matrices.
 MATRICES = [
-    Row(merges.tsv_m, {}, set()),
-    Row(merges.tsv_m, {"rest": "sum"}, set()),
-    Row(merges.iso_c, {}, set()),
-    Row(merges.iso_cts, {}, set()),
-    Row(merges.iso_cts, {"common": 0.5, "rest": "zero"}, set()),
-    Row(merges.star, {}, set()),
-    Row(merges.cart, {"share": 0.5}, set()),
-    Row(merges.subspace_boosting, {"share": 0.4}, set()),
-    Row(merges.knots, {"inner": merges.total}, set()),
-    Row(merges.core_space, {"inner": merges.total}, set()),
-    Row(merges.dc_merge, {}, set()),
-    Row(merges.actmat, {}, set()),
-    Row(merges.wudi, {}, set()),
-    Row(merges.wudi, {"solver": "adam", "steps": 3}, set()),
+    Row(merges.tsv_m, {}, set(), n=3),
+    Row(merges.tsv_m, {"rest": "sum"}, set(), n=3),
+    Row(merges.iso_c, {}, set(), n=3),
+    Row(merges.iso_cts, {}, set(), n=3),
+    Row(merges.iso_cts, {"common": 0.5, "rest": "zero"}, set(), n=3),
+    Row(merges.star, {}, set(), n=3),
+    Row(merges.cart, {"share": 0.5}, set(), n=3),
+    Row(merges.subspace_boosting, {"share": 0.4}, set(), n=3),
+    Row(merges.knots, {"inner": merges.total}, set(), n=3),
+    Row(merges.core_space, {"inner": merges.total}, set(), n=3),
+    Row(merges.dc_merge, {}, set(), n=3),
+    Row(merges.actmat, {}, set(), n=3),
+    Row(merges.wudi, {}, set(), n=3),
+    Row(merges.wudi, {"solver": "adam", "steps": 3}, set(), n=3),
 ]
 PRESETS = {
     "ties_reference": {"density": 0.4},
@@ -385,7 +385,7 @@ def test_an_empty_tensor_among_others_changes_nothing(row):
 # devices: what a rule makes, it makes where its input is
 
 
-@of_table(ROWS)
+@of_table(ROWS + MATRICES)
 def test_a_rule_makes_nothing_on_the_default_device(row):
     torch.manual_seed(0)
     x = torch.randn(4, 5) if row.kind == "leaf" else torch.randn(row.n or 8, 4, 5)
