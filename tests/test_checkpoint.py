@@ -277,11 +277,11 @@ def test_a_pickle_that_holds_a_state_dict_under_a_name_is_opened(tmp_path, key):
     assert same(load(tmp_path / "m.pt"), state())
 
 
-def test_a_folder_with_one_pickle_is_opened_and_one_with_several_is_refused(tmp_path):
+def test_a_folder_with_one_pickle_is_opened_and_one_with_parts_but_no_index_is_refused(tmp_path):
     torch.save(state(), tmp_path / "pytorch_model.bin")
     assert same(load(tmp_path), state())
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(FormatError, match="a pickle in several parts"):
+    with pytest.raises(FormatError, match="in several parts without their index, pytorch_model.bin.index.json"):
         load(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Models on the Hub, through a server that answers as the Hub does; each script runs with the client's own settings."""
 
+import json
 import os
 import subprocess
 import sys
@@ -167,6 +168,44 @@ except FormatError as error:
 """
     found = run(hub, tmp_path, code.format(path=hub.folder / "org" / "one"))
     assert "is not what its header said" in found
+
+
+def test_a_file_in_the_cache_that_changes_is_not_mixed_and_links_of_the_cache_are_followed(hub, tmp_path):
+    code = """
+import os, pathlib, pickle, torch
+from taskvec import load, save
+from taskvec.errors import FormatError
+model = load("org/one")
+before = pickle.dumps(model)
+first = model["w"]
+assert pickle.loads(pickle.dumps(model))["w"].equal(first) and len(pickle.dumps(model)) == len(before)
+(path,) = pathlib.Path("home").rglob("model.safetensors")
+assert path.is_symlink()
+assert load(path.parent)["w"].equal(first)
+save({"w": torch.zeros(300, 300), "b": torch.zeros(300)}, "other.safetensors", metadata=load(path).metadata)
+os.replace("other.safetensors", path.resolve())
+try:
+    model["w"]
+except FormatError as error:
+    print(str(error)[-len("was changed after it was opened; load() it again"):])
+print(float(load("org/one")["w"].sum()))
+"""
+    assert run(hub, tmp_path, code).splitlines() == ["was changed after it was opened; load() it again", "0.0"]
+
+
+def test_shards_of_pickles_are_one_model(hub, tmp_path):
+    folder = hub.folder / "org" / "old"
+    folder.mkdir()
+    names = {name: f"pytorch_model-{i:05d}-of-00002.bin" for i, name in enumerate("ab", 1)}
+    for name, file in names.items():
+        torch.save({name: torch.full((3,), float(ord(name)))}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    code = """
+from taskvec import load
+model = load("org/old")
+print(model, float(model["a"].sum()), float(model["b"].sum()), model.metadata["hub"])
+"""
+    assert run(hub, tmp_path, code) == f"Lazy(2 tensors, 6 entries) 291.0 294.0 org/old@{COMMIT}\n"
 
 
 def test_an_index_that_points_out_of_its_folder_is_not_followed(hub, tmp_path):

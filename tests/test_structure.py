@@ -50,8 +50,10 @@ FLOORS = [
     ],
     [
         *("merges._sums", "merges._ties", "merges._masks", "merges._choice", "merges._sphere", "merges._regmean"),
+        *("merges._matrices", "merges._lowrank", "merges._shared_basis", "merges._solved"),
         "merges",
-        *("_files.format", "_files.safetensors", "_files.pickles", "_files.adapters", "_files.hub", "_files.load"),
+        *("_files.format", "_files.paths", "_files.safetensors", "_files.precheck", "_files.pickles"),
+        *("_files.adapters", "_files.hub", "_files.load"),
         *(
             "_files.provenance",
             "_files.cards",
@@ -287,7 +289,20 @@ def test_all_names_what_is_public_sorted_and_documented(name):
 
 
 FACE = {"HERE", "Look", "Mark", "Place", "Scope", "fold", "lockstep", "mark_of", "masked", "over", "runs", "sum64"}
-OFFERED = {"BackdoorVector", "TaskVector", "load", "merge", "rename", "rounding_loss", "save", "save_adapter", "select"}
+OFFERED = {
+    *(
+        "BackdoorVector",
+        "TaskVector",
+        "load",
+        "merge",
+        "peak_memory",
+        "rename",
+        "rounding_loss",
+        "save",
+        "save_adapter",
+    ),
+    "select",
+}
 
 
 def test_there_are_few_public_modules_and_each_public_name_has_one_path():

@@ -23,6 +23,7 @@ from .._vectors.fingerprint import fingerprint
 from .._vectors.model import as_model
 from .._vectors.vector import TaskVector, check_weights
 from ..errors import DtypeError, FormatError, MismatchError, MissingError
+from .paths import member, small
 from .safetensors import open_file
 
 __all__ = ["CONFIG", "WEIGHTS", "load_adapter"]
@@ -126,10 +127,10 @@ def load_adapter(path: Path, base: Mapping[str, Tensor] | None) -> TaskVector:
         FormatError: damaged, or without its weights.
         MissingError, MismatchError: it does not fit the base, or needs one.
     """
-    config = _config(path / CONFIG)
+    config = _config(member(path, CONFIG))
     if not (path / WEIGHTS).exists():
         raise FormatError(f"{os.fspath(path)!r} holds {CONFIG} but no {WEIGHTS}; download or save the adapter again")
-    factors = source_of(open_file(path / WEIGHTS))
+    factors = source_of(open_file(member(path, WEIGHTS)))
     pairs, whole = _sorted_out(factors.specs)
     updates = {name: _update(name, pair, config, factors.specs) for name, pair in pairs.items()}
     shapes = {name: _shape(factors.specs, name, update) for name, update in updates.items()}
@@ -151,10 +152,11 @@ def load_adapter(path: Path, base: Mapping[str, Tensor] | None) -> TaskVector:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    text = small(path)
     try:
-        config: Any = json.loads(path.read_text("utf-8"))
+        config: Any = json.loads(str(text, "utf-8"))
         kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{os.fspath(path)!r} is not a configuration of PEFT: {error!r}") from error
     if kind != "LORA":
         raise DtypeError(f"the adapter is {kind}; only LoRA adapters are differences of weights here")

@@ -15,6 +15,7 @@ from .._engine.sources import Source
 from .._vectors.model import check_mapping
 from ..errors import LocationError, OptionError
 from .hub import Remote, companions, is_hub_name, open_hub
+from .paths import member
 from .provenance import model_name, names_of, rules_of, within
 from .safetensors import File
 
@@ -41,7 +42,9 @@ def carried(like: Like) -> dict[str, bytes]:
     origin = _origin(like)
     if isinstance(origin, Path):
         found = {
-            p.name: p for p in sorted(origin.glob("*")) if p.is_file() and any(fnmatch(p.name, c) for c in CARRIED)
+            p.name: member(origin, p.name)
+            for p in sorted(origin.glob("*"))
+            if p.is_file() and any(fnmatch(p.name, c) for c in CARRIED)
         }
     else:
         found = companions(origin.repository, CARRIED)

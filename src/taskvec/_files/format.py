@@ -8,6 +8,7 @@ import torch
 RECORD = "taskvec"  # the metadata key under which a vector keeps its type and its `meta`
 ORIGIN = "hub"  # the metadata key under which a model from the Hub keeps its name and commit
 INDEX = "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # as transformers wrote them
 
 DTYPES = {
     "F64": torch.float64,

@@ -21,14 +21,14 @@ from .._engine.sources import Spec
 from .._vectors.vector import TaskVector
 from ..errors import FormatError, LocationError, TaskvecError
 from .adapters import CONFIG, WEIGHTS, load_adapter
-from .format import DTYPES, INDEX, ORIGIN
-from .pickles import SUFFIXES, open_pickle
+from .format import DTYPES, INDEX, ORIGIN, PICKLE, PICKLE_INDEX
+from .pickles import SUFFIXES, open_pickle, open_pickles
 from .safetensors import File, check_whole, described, shard_names, weight_map
 
 __all__ = ["companions", "is_hub_name", "open_hub"]
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
-ONE_FILE, ONE_PICKLE = "model.safetensors", "pytorch_model.bin"
+ONE_FILE = "model.safetensors"
 
 
 class Repository(NamedTuple):
@@ -58,7 +58,7 @@ class Remote(File):
     """
 
     def __init__(self, repository: Repository, files: Mapping[str, str], specs: Mapping[str, Spec]) -> None:
-        super().__init__(files, specs)
+        super().__init__(files, specs, {})  # a file's stamp is taken when the first of its tensors is read
         self.repository = repository
 
     @override
@@ -70,7 +70,11 @@ class Remote(File):
 
     @override
     def key(self) -> Hashable:
-        return self.repository, super().key()
+        return self.repository, tuple(self.files.items())
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:  # equal models pickle to equal data, whatever was read of them
+        return super().__getstate__() | {"stamps": {}}
 
 
 def is_hub_name(text: str) -> bool:
@@ -112,12 +116,16 @@ def _folder(repository: Repository, base: Mapping[str, Tensor] | None) -> Lazy |
         return load_adapter(Path(config).parent, base)
     if index := _found(repository, INDEX):
         return _opened(repository, shard_names(Path(index)), Path(index))
-    for file in (ONE_FILE, ONE_PICKLE):
+    for file in (ONE_FILE, PICKLE):
         if _has(repository, file):
             return _file(repository, file)
+    if index := _found(repository, PICKLE_INDEX):
+        for shard in shard_names(Path(index)):
+            _downloaded(repository, shard)
+        return open_pickles(Path(index))
     raise FormatError(
-        f"{repository} holds none of {INDEX}, {ONE_FILE}, {CONFIG} and {ONE_PICKLE}; name the file that is meant: "
-        f"hf://{repository}/{repository.folder}weights.safetensors"
+        f"{repository} holds none of {INDEX}, {ONE_FILE}, {CONFIG}, {PICKLE} and {PICKLE_INDEX}; name the file that is "
+        f"meant: hf://{repository}/{repository.folder}weights.safetensors"
     )
 
 

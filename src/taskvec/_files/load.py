@@ -14,9 +14,10 @@ from .._vectors.model import tied_names
 from .._vectors.vector import TaskVector
 from ..errors import FormatError, LocationError, OptionError
 from .adapters import CONFIG, load_adapter
-from .format import RECORD
+from .format import PICKLE, PICKLE_INDEX, RECORD
 from .hub import is_hub_name, open_hub
-from .pickles import SUFFIXES, open_pickle
+from .paths import member
+from .pickles import SUFFIXES, open_pickle, open_pickles
 from .safetensors import open_file, open_folder
 
 __all__ = ["load"]
@@ -36,7 +37,8 @@ def load(
             - a `.safetensors` file;
             - a folder with one such file, or with shards and their index (`*.safetensors.index.json`);
             - a torch pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) of a state dict, or of a mapping that holds one under
-              `"state_dict"` or `"model"`, opened with `weights_only=True`; or a folder with a `pytorch_model.bin`;
+              `"state_dict"` or `"model"`, opened with `weights_only=True`; or a folder with a `pytorch_model.bin`, or
+              with its shards and their index;
             - a folder with a LoRA adapter of PEFT: a lazy `TaskVector` with the names of the base's weights;
             - a name on the Hugging Face Hub, `org/name[@revision]`, an `hf://` name or a web address of one: headers
               are fetched now, a file's weights when one of its tensors is first read. What exists here as a path is
@@ -44,12 +46,14 @@ def load(
         base: of an adapter, the model it was trained on: needed where the adapter holds whole modules, and checked.
 
     Returns:
-        A dict of copies, or a lazy mapping: opening reads headers only. A saved `TaskVector` or `BackdoorVector` comes
-        back as itself.
+        A dict of copies, or a lazy mapping: opening reads headers only, and the files must stay as they are. A saved
+        `TaskVector` or `BackdoorVector` comes back as itself.
 
     Raises:
         LocationError: nothing is there, or a shard is missing.
-        FormatError: damaged, a header that lies, a pickle with code in it, an index that points out of its folder.
+        FormatError: damaged, a header that lies, a pickle with code in it, an index or a link that points out of its
+            folder; later, when tensors are read: a file that was changed after it was opened.
+        DtypeError: a pickle with sparse, quantized or nested tensors.
         OptionError: something that is not a checkpoint.
 
     Examples:
@@ -86,15 +90,18 @@ def _opened(text: str, path: Path, base: Mapping[str, Tensor] | None) -> Lazy | 
 
 
 def _folder(path: Path) -> Lazy:
-    """A folder of safetensors, or with one torch pickle as transformers wrote them."""
-    if any(path.glob("*.safetensors")) or not any(path.glob("pytorch_model*.bin")):
-        return open_folder(path)
-    if (path / "pytorch_model.bin").exists():
-        return open_pickle(path / "pytorch_model.bin")
-    raise FormatError(
-        f"{os.fspath(path)!r} holds a pickle in several parts, which is not supported; open it with transformers and "
-        "save it again (save_pretrained writes safetensors)"
-    )
+    """A folder of safetensors, or with torch pickles as transformers wrote them."""
+    if not any(path.glob("*.safetensors")):
+        if os.path.lexists(path / PICKLE):
+            return open_pickle(member(path, PICKLE))
+        if os.path.lexists(path / PICKLE_INDEX):
+            return open_pickles(member(path, PICKLE_INDEX))
+        if any(path.glob("pytorch_model*.bin")):
+            raise FormatError(
+                f"{os.fspath(path)!r} holds a pickle in several parts without their index, {PICKLE_INDEX}; download it "
+                "again, or give one of the files to load() to load that part"
+            )
+    return open_folder(path)
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from .._engine.lift import Ruled
 from .._engine.sources import Foreign, Memory, Source
 from .._vectors.vector import TaskVector
 from .hub import Remote, is_hub_name
+from .paths import small
 from .pickles import Pickled
 from .safetensors import File
 
@@ -51,7 +52,7 @@ def model_name(origin: Path | Remote) -> str:
     if isinstance(origin, Remote):
         return origin.repository.name
     try:
-        config: Any = json.loads((origin / "config.json").read_text("utf-8"))
+        config: Any = json.loads(str(small(origin / "config.json"), "utf-8"))
         name = str(config.get("_name_or_path") or origin.resolve())
         return name if is_hub_name(name) and not Path(name).is_absolute() else Path(name).name
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):

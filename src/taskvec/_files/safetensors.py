@@ -20,40 +20,60 @@ from .._engine.names import listed
 from .._engine.sources import Pull, Source, Spec
 from ..errors import FormatError, LocationError
 from .format import DTYPES
+from .paths import Stamp, check_same, member, regular, small, stamp_of
 
 __all__ = [
     "File",
+    "check_shard",
     "check_whole",
     "described",
     "open_file",
     "open_folder",
-    "regular",
     "shard_names",
+    "shard_path",
     "weight_files",
     "weight_map",
 ]
 
 
 class File(Source):
-    """The tensors of one file or of several.
+    """The tensors of one file or of several, which must stay as they were when they were opened.
 
     Args:
         files: name -> the path of the file it is in.
         specs: name -> shape and dtype.
+        stamps: path -> what tells that the file is still the same.
     """
 
-    def __init__(self, files: Mapping[str, str], specs: Mapping[str, Spec]) -> None:
-        self.files, self.specs = dict(files), dict(specs)
+    def __init__(self, files: Mapping[str, str], specs: Mapping[str, Spec], stamps: Mapping[str, Stamp]) -> None:
+        self.files, self.specs, self.stamps = dict(files), dict(specs), dict(stamps)
 
     @override
     def block(self, pull: Pull) -> Tensor:
         low, high = pull.chunk
         if not low <= pull.start <= pull.stop <= high:
-            return _read(self.path(pull.name), pull.name, pull.start, pull.stop)
+            return self._read(pull.name, pull.start, pull.stop)
         place = id(self), pull.name
         if place not in pull.raw:
-            pull.raw[place] = _read(self.path(pull.name), pull.name, low, high)
+            pull.raw[place] = self._read(pull.name, low, high)
         return pull.raw[place][pull.start - low : pull.stop - low]
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        # read, not mapped: as fast from the page cache, and what was read does not count as memory once it is dropped
+        path, dtype = self.path(name), self.specs[name].dtype
+        block = torch.empty(stop - start, dtype=dtype, device="cpu")
+        view = memoryview(cast("Any", block.view(torch.uint8).numpy()))
+        with Path(path).open("rb", buffering=0) as file:
+            now = stamp_of(os.fstat(file.fileno()))
+            opened = self.stamps.setdefault(path, now)  # of a file on the Hub, downloaded by now, it is the first
+            check_same(path, opened, now)
+            file.seek(_described(path, now).begin[name] + start * dtype.itemsize)
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+            check_same(path, opened, stamp_of(os.fstat(file.fileno())))
+        if view:
+            raise FormatError(f"{path!r} became shorter while it was read; copy it again")
+        return block
 
     def path(self, name: str) -> str:
         """The path of the file that a tensor is in."""
@@ -65,7 +85,11 @@ class File(Source):
 
     @override
     def key(self) -> Hashable:
-        return tuple(self.files.items())
+        return tuple(self.files.items()), tuple(self.stamps.items())
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"stamps": {path: stamp.anywhere() for path, stamp in self.stamps.items()}}
 
 
 def open_file(path: Path) -> Lazy:
@@ -74,23 +98,18 @@ def open_file(path: Path) -> Lazy:
     Raises:
         FormatError: damaged, or no regular file.
     """
-    file = described(os.fspath(regular(path)))
-    return Lazy(File(dict.fromkeys(file.specs, os.fspath(path)), file.specs), metadata=file.metadata)
-
-
-def regular(path: Path) -> Path:
-    """The path, refused unless it is that of a regular file: a pipe would wait for a writer, a device never end."""
-    if path.exists() and not path.is_file():
-        raise FormatError(f"{os.fspath(path)!r} is not a regular file")
-    return path
+    name = os.fspath(regular(path))
+    file = described(name)
+    return Lazy(File(dict.fromkeys(file.specs, name), file.specs, {name: file.stamp}), metadata=file.metadata)
 
 
 class _Described(NamedTuple):
-    """A file as its header describes it: what it holds, and where each tensor's bytes begin."""
+    """A file as its header describes it: what it holds, where each tensor's bytes begin, and which file that was."""
 
     specs: dict[str, Spec]
     metadata: dict[str, str]
     begin: dict[str, int]
+    stamp: Stamp
 
 
 def described(path: str) -> _Described:
@@ -99,7 +118,7 @@ def described(path: str) -> _Described:
     Raises:
         FormatError: damaged, or a part of a distributed checkpoint.
     """
-    found = _described(path, *_stamp(Path(path)))
+    found = _described(path, stamp_of(Path(path).stat()))
     check_whole(path, found.metadata)
     return found
 
@@ -114,13 +133,12 @@ def check_whole(label: str, metadata: Mapping[str, str]) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _described(path: str, size: int, changed: int) -> _Described:
-    """A file's header, read once; size and time in the key, so that a rewritten file is read anew.
+def _described(path: str, stamp: Stamp) -> _Described:
+    """A file's header, read once; its stamp is in the key, so that a rewritten file is read anew.
 
     The package checks that the header is sound and that tensors fill the file without holes, so where each begins
     follows from their order and sizes.
     """
-    del changed
     specs: dict[str, Spec] = {}
     begin: dict[str, int] = {}
     try:
@@ -132,11 +150,12 @@ def _described(path: str, size: int, changed: int) -> _Described:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, RuntimeError) as error:
         raise FormatError(f"{path!r} is not an intact safetensors file: {error}") from error
-    place = size - sum(_size(spec) for spec in specs.values())
+    check_same(path, stamp, stamp_of(Path(path).stat()))
+    place = stamp.size - sum(_size(spec) for spec in specs.values())
     for name, spec in specs.items():
         begin[name] = place
         place += _size(spec)
-    return _Described(specs, metadata, begin)
+    return _Described(specs, metadata, begin, stamp)
 
 
 def _size(spec: Spec) -> int:
@@ -149,27 +168,6 @@ def _dtype(path: str, name: str, code: str) -> torch.dtype:
     return DTYPES[code]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _read(path: str, name: str, start: int, stop: int) -> Tensor:
-    # read, not mapped: as fast from the page cache, and what was read does not count as memory once it is dropped
-    file = described(path)
-    dtype = file.specs[name].dtype
-    block = torch.empty(stop - start, dtype=dtype, device="cpu")
-    with Path(path).open("rb", buffering=0) as source:
-        source.seek(file.begin[name] + start * dtype.itemsize)
-        view = memoryview(cast("Any", block.view(torch.uint8).numpy()))
-        while view:
-            count = source.readinto(view)
-            if not count:
-                raise FormatError(f"{path!r} became shorter while it was read; copy it again")
-            view = view[count:]
-    return block
-
-
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -177,11 +175,11 @@ def open_folder(path: Path) -> Lazy:
     """A folder with one file, or with shards and their index, lazy.
 
     Raises:
-        FormatError: several, or none, or an index that lies.
+        FormatError: several, or none, an index that lies, or a link that leads out of the folder.
         LocationError: a shard that is missing.
     """
     index, file = _found(path)
-    return open_file(file) if index is None else _sharded(path, index)
+    return open_file(member(path, file.name)) if index is None else _sharded(path, member(path, index.name))
 
 
 def weight_files(path: Path) -> list[str]:
@@ -217,20 +215,33 @@ def _sharded(path: Path, index: Path) -> Lazy:
     owner = weight_map(index)
     specs: dict[str, Spec] = {}
     metadata: dict[str, str] = {}
-    for shard in sorted(set(owner.values())):
-        file = _inside(path, shard, index)
-        own = described(os.fspath(file))
-        metadata |= own.metadata
-        listed_here = [name for name, other in owner.items() if other == shard]
-        for wrong, what in (
-            ([name for name in listed_here if name not in own.specs], "lacks"),
-            ([name for name in own.specs if name not in owner or owner[name] != shard], "also holds"),
-        ):
-            if wrong:
-                raise FormatError(f"{shard!r} {what} {listed(wrong)}, against what {os.fspath(index)!r} says")
+    stamps: dict[str, Stamp] = {}
+    for shard in shard_names(index):
+        own = described(os.fspath(shard_path(path, shard, index)))
+        check_shard(shard, own.specs, owner, index)
         specs |= own.specs
+        metadata |= own.metadata
+        stamps[os.fspath(path / shard)] = own.stamp
     files = {name: os.fspath(path / shard) for name, shard in owner.items()}
-    return Lazy(File(files, {name: specs[name] for name in owner}), metadata=metadata)
+    return Lazy(File(files, {name: specs[name] for name in owner}, stamps), metadata=metadata)
+
+
+def check_shard(shard: str, specs: Mapping[str, Spec], owner: Mapping[str, str], index: Path) -> None:
+    """Refuse a shard that does not hold what its index says.
+
+    Args:
+        shard: its name.
+        specs: what it holds.
+        owner: name -> the shard it is in, as the index has it.
+        index: for the message.
+    """
+    promised = [name for name, other in owner.items() if other == shard]
+    for wrong, what in (
+        ([name for name in promised if name not in specs], "lacks"),
+        ([name for name in specs if owner.get(name) != shard], "also holds"),
+    ):
+        if wrong:
+            raise FormatError(f"{shard!r} {what} {listed(wrong)}, against what {os.fspath(index)!r} says")
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -239,8 +250,9 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         FormatError: it is no index.
     """
+    text = small(index)
     try:
-        found = json.loads(index.read_text("utf-8"))["weight_map"]
+        found = json.loads(str(text, "utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(
             f"{os.fspath(index)!r} is not an index of shards: it needs a JSON object 'weight_map'"
@@ -265,6 +277,11 @@ def _checked(shard: str, index: Path) -> str:
     if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
         raise FormatError(f"{os.fspath(index)!r} names the shard {shard!r}, which is not a file of its own folder")
     return shard
+
+
+def shard_path(folder: Path, shard: str, index: Path) -> Path:
+    """The path of a shard, refused unless it is a plain file of the folder, and no link out of it."""
+    return member(folder, _inside(folder, shard, index).name)
 
 
 def _inside(folder: Path, shard: str, index: Path) -> Path:
