@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import taskvec
@@ -235,6 +236,21 @@ def versions(mergekit: Path) -> str:
     return subprocess.check_output([mergekit.with_name("python"), "-c", code], text=True).strip()  # noqa: S603
 
 
+def draw(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Seconds by gigabytes read, a line for each method."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for label in dict.fromkeys(row[0] for row in rows):
+        points = [(float(row[2]), float(row[3])) for row in rows if row[0] == label]
+        axis.plot(*zip(*points, strict=True), "o-", label=label)
+    axis.set(xlabel="gigabytes read: a base and four fine-tunes", ylabel="seconds, whole process")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.set_title("Time grows with the bytes")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +266,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads of taskvec; mergekit takes all cores")
     parser.add_argument("--layers", type=int, default=20, help="20 are 1.2 GB a model")
     parser.add_argument("--growth", action="store_true", help="our time by size instead")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="of --growth")
     given = parser.parse_args()
     if given.mergekit is not None and not given.mergekit.is_file():
         parser.error(f"there is no {given.mergekit}; give the path of mergekit-yaml in the environment's bin folder")
@@ -282,6 +299,8 @@ def print_growth(given: argparse.Namespace) -> None:
     title = f"taskvec by the size of a base and four fine-tunes: medians of {given.repeats}"
     rows = growth(given.methods, benches, given.repeats)
     print(text_table(title, header, rows))
+    if given.picture is not None:
+        draw(given.picture, rows)
     print("\n".join(["", *notes, machine(given.workers)]))
 
 
