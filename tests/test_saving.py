@@ -356,6 +356,9 @@ def test_a_very_long_name_is_written_and_resumed(disk, monkeypatch, name):
     ("mapping", "options", "match"),
     [
         ({"__metadata__": torch.ones(1)}, {}, "'__metadata__'"),
+        ({1: torch.ones(1), "1": torch.ones(1)}, {}, "must be a string; got 1"),
+        ({"\ud800": torch.ones(1)}, {}, "name of a tensor must be text that UTF-8 can hold"),
+        ({"w": torch.ones(1)}, {"metadata": {"a": "\ud800"}}, "metadata must be text that UTF-8 can hold"),
         ({"w": torch.ones(1)}, {"metadata": {"a": 1}}, "metadata must map strings to strings; got 'a': 1"),
         ({"w": torch.ones(1)}, {"metadata": {"a": "x" * 100_000_001}}, "header of 'model.safetensors' must be at most"),
         ({"w": torch.ones(1)}, {"memory": 1000}, "memory must be at least"),

@@ -72,6 +72,8 @@ def _check_names(specs: Mapping[str, Spec], said: Mapping[Any, Any]) -> None:
     for name, spec in specs.items():
         if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RangeError(f"the name of a tensor must be a string; got {name!r}")
+        if not _writable(name):
+            raise RangeError(f"the name of a tensor must be text that UTF-8 can hold; got {name!r}")
         if name == "__metadata__":
             raise RangeError("no tensor can be called '__metadata__' in safetensors; rename() it")
         if spec.dtype not in CODES:
@@ -79,6 +81,16 @@ def _check_names(specs: Mapping[str, Spec], said: Mapping[Any, Any]) -> None:
     for key, value in said.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise RangeError(f"metadata must map strings to strings; got {key!r}: {value!r}; use json.dumps")
+        if not _writable(key + value):
+            raise RangeError(f"metadata must be text that UTF-8 can hold; got {key!r}: {value!r}")
+
+
+def _writable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _header(
