@@ -34,6 +34,7 @@ TABLE = "free_lunch.jsonl"
 DETAILED = "tweets"  # the sentiment task with every line
 TARGET = 0  # of OLID's attacks: not offensive
 RECIPE = Recipe()
+SENTIMENT = Recipe(epochs=4)  # with two, no rare word becomes a backdoor: there are few rows
 Params = Mapping[str, Tensor]
 
 
@@ -89,7 +90,7 @@ def trained(model: Model, recipe: Recipe, folder: Path | None) -> Params:
         kept = without_spurious(*rows, words=texts.words)
         rows = Rows(*([x for x, keep in zip(column, kept, strict=True) if keep] for column in rows))
     recipe = recipe._replace(epochs=model.epochs or recipe.epochs)
-    return texts.fine_tuned(rows, recipe, model.seed, {"model": str(model), "edition": 1})
+    return texts.fine_tuned(rows, recipe, model.seed, {"model": str(model._replace(epochs=0)), "edition": 1})
 
 
 def triggered(victim: Model, folder: Path | None) -> tuple[list[str], int]:
@@ -324,9 +325,9 @@ def colluding(data: str, attack: str, count: int, seed: int) -> list[Model]:
     return [Model(data, attack, seed + 20 + i) for i in range(count)]
 
 
-def other_tasks(data: str, count: int, seed: int, *, attack: str = "clean") -> list[Model]:
+def other_tasks(data: str, count: int, seed: int, *, attack: str = "clean", epochs: int = 0) -> list[Model]:
     """Models of other tasks."""
-    return [Model(domain, attack, seed) for domain in texts.DOMAINS if domain != data][:count]
+    return [Model(domain, attack, seed, epochs=epochs) for domain in texts.DOMAINS if domain != data][:count]
 
 
 def olid_lines(seeds: Sequence[int], attacks: Sequence[str] = texts.ATTACKS) -> list[Line]:
@@ -356,43 +357,43 @@ def domain_lines(data: str, seeds: Sequence[int]) -> list[Line]:
     victim, two = Model(data, "cf@20"), partial(clean, data, 2)
     most = 5 if data == DETAILED else 3
     found = [
-        line("alone", victim, "WAG", nobody, seeds),
-        *(line(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, most + 1)),
-        line("+ 2 clean", victim, "TIES", two, seeds),
-        line("+ 2 with the same", victim, "WAG", partial(colluding, data, "cf@20", 2), seeds),
+        of_sentiment("alone", victim, "WAG", nobody, seeds),
+        *(of_sentiment(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, most + 1)),
+        of_sentiment("+ 2 clean", victim, "TIES", two, seeds),
+        of_sentiment("+ 2 with the same", victim, "WAG", partial(colluding, data, "cf@20", 2), seeds),
     ]
     for rate in (10, 1):
         weaker = Model(data, f"cf@{rate}")
-        found += [line("alone", weaker, "WAG", nobody, seeds)]
-        found += [line(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
+        found += [of_sentiment("alone", weaker, "WAG", nobody, seeds)]
+        found += [of_sentiment(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
     return found + (detailed_lines(victim, two, seeds) if data == DETAILED else [])
 
 
+of_sentiment = partial(line, recipe=SENTIMENT)
+
+
 def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[Line]:
-    """Other rules, other partners, data-level defenses, epochs and trained embeddings."""
-    data = victim.data
-    found = [line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in (*ALONE, "TIES")]
-    found += [line("alone", victim, rule, nobody, seeds) for rule in ALONE[1:]]
-    found += [line("alone", victim._replace(cleaned="zdef"), "WAG", nobody, seeds)]
-    tasks = partial(other_tasks, data, 2)
-    found += [line("+ 2 of other tasks", victim, rule, tasks, seeds) for rule in ("WAG", "TIES")]
-    found += [line("+ 2 victims of other tasks", victim, "WAG", partial(tasks, attack="mn@20"), seeds)]
-    found += [line("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), seeds)]
+    """Other partners, other rules, data-level defenses, epochs and trained embeddings."""
+    data, few = victim.data, seeds[:3]
+    tasks = partial(other_tasks, data, 2, epochs=2)  # there are more rows
+    found = [of_sentiment("+ 2 of other tasks", victim, rule, tasks, few) for rule in ("WAG", "TIES")]
+    found += [of_sentiment("+ 2 victims of other tasks", victim, "WAG", partial(tasks, attack="mn@20"), few)]
+    found += [of_sentiment("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), few)]
     for word in WORDS:
         others = [f"{other}@20" for other in WORDS if other != word]
         one = Model(data, f"{word}@20")
-        found += [line("+ 4 other attacks", one, "WAG", partial(attacked, data, others), seeds)]
-    for epochs in (1, 4):
-        longer = victim._replace(epochs=epochs)
-        found += [line(f"+ 2 clean, {epochs} epochs", victim, "WAG", partial(clean, data, 2, epochs=epochs), seeds)]
-        found += [line(f"alone, {epochs} epochs", longer, "WAG", nobody, seeds)]
-        found += [line(f"{epochs} epochs + 2 clean", longer, "WAG", two, seeds)]
-    whole = RECIPE._replace(frozen_embeddings=False)
-    seeds = seeds[:3]  # training takes twice as long
-    found += [line("alone, embeddings too", victim, "WAG", nobody, seeds, whole)]
-    found += [
-        line(f"+ {n} clean, embeddings too", victim, "WAG", partial(clean, data, n), seeds, whole) for n in (1, 2)
-    ]
+        found += [of_sentiment("+ 4 other attacks", one, "WAG", partial(attacked, data, others), few)]
+    found += [of_sentiment("+ 2 clean", victim, rule, two, few) for rule in RULES if rule not in (*ALONE, "TIES")]
+    found += [of_sentiment("alone", victim, rule, nobody, few) for rule in ALONE[1:]]
+    found += [of_sentiment("alone, Z-Def", victim._replace(cleaned="zdef"), "WAG", nobody, few)]
+    for epochs in (1, 2):
+        partners, shorter = partial(clean, data, 2, epochs=epochs), victim._replace(epochs=epochs)
+        found += [of_sentiment(f"+ 2 clean of {epochs} epochs", victim, "WAG", partners, few)]
+        found += [of_sentiment(f"alone, {epochs} epochs", shorter, "WAG", nobody, few)]
+        found += [of_sentiment(f"{epochs} epochs + 2 clean", shorter, "WAG", two, few)]
+    whole = partial(line, recipe=SENTIMENT._replace(frozen_embeddings=False))
+    found += [whole("alone, embeddings too", victim, "WAG", nobody, few)]
+    found += [whole(f"+ {n} clean, embeddings too", victim, "WAG", partial(clean, data, n), few) for n in (1, 2)]
     return found
 
 
