@@ -1,7 +1,7 @@
 """How long it takes to merge checkpoints from disk to disk, and how much memory: taskvec, and mergekit beside it.
 
     python examples/benchmarks/streaming.py [--mergekit ENV/bin/mergekit-yaml] [--methods ties linear] [--repeats 3]
-    python examples/benchmarks/streaming.py --growth [--methods ties]      # time by size: 5, 10, 20 and 40 layers
+    python examples/benchmarks/streaming.py --growth [--methods ties]      # time by size: 2, 5, 10 and 20 layers
 
 The models are a synthetic base and four fine-tunes with the shape of a Llama (see `synthetic`): 601,683,456 parameters
 in bfloat16, 1.2 GB each, at the default of 20 layers. They are made once and kept in --folder; remove it afterwards.
@@ -49,7 +49,7 @@ from benchmarks.synthetic import Shape, make_set, shortage
 from taskvec import load
 
 FOLDER = Path("~/.cache/taskvec-bench").expanduser()
-GROWTH = (5, 10, 20, 40)  # layers
+GROWTH = (2, 5, 10, 20)  # layers
 NONE = "-"
 
 
