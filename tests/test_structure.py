@@ -28,6 +28,7 @@ FLOORS = [
             "_engine.totals",
             "_engine.marks",
             "_engine.select",
+            "_engine.buffers",
             "_engine.pools",
             "_engine.run",
             "_engine.lazy",

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -134,10 +135,21 @@ def pool_of(workers: int, executor: Executor | None = None) -> Generator[Pool]:
                 depth,
             )
     elif workers <= 1:
+        _keep_freed_memory()
         yield _Inline()
     else:
+        _keep_freed_memory()
         with _threads(workers) as threads:
             yield _Submitting(threads.submit, 3 * workers)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Free one large block: glibc maps large ones anew each time until a larger one has been freed; then it keeps them.
+
+    Fresh memory costs more than what is computed in it.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 @contextmanager
@@ -149,8 +161,6 @@ def _threads(workers: int) -> Generator[ThreadPoolExecutor]:
         torch.set_num_threads(1)
         ready.wait()
 
-    # glibc maps large blocks anew each time until a larger one has been freed: then they are kept
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
     with ThreadPoolExecutor(workers, "taskvec", begin) as executor:
         for _ in range(workers):
             executor.submit(int)

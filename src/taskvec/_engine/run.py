@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import NonFiniteError, OptionError
+from .buffers import give_back
 from .pieces import Look, Pieces, Place, Statistic, chunk_size, piece_size, sampled, shaped, spans, stride_for
 from .pools import Pool, Work, pool_of
 from .random import key_of
@@ -311,7 +312,9 @@ def _result(run: Run, name: str, sink: Sink, done: Container[Span], heard: Calla
 
 def _write(run: Run, name: str, span: tuple[int, int], block: int, sink: Sink) -> Any:
     pull = run.pull(name, *span)
-    return sink(name, span[0], (pull.at(start, stop)(run.root) for start, stop in spans(*span, block)))
+    found = sink(name, span[0], (pull.at(start, stop)(run.root) for start, stop in spans(*span, block)))
+    give_back(pull.raw.values())
+    return found
 
 
 def _statistics(run: Run, stack: Stack, names: Sequence[str]) -> Work:
@@ -360,6 +363,7 @@ def _look(run: Run, number: int, name: str, runs: Sequence[tuple[int, int]], loo
                 raise NonFiniteError(
                     f"{name!r} holds NaN or inf: no statistic can be taken over it; check() lists such tensors"
                 ) from None
+        give_back(pull.raw.values())
     return found
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from .._engine.buffers import take
 from .._engine.lazy import Lazy
 from .._engine.names import listed
 from .._engine.sources import Pull, Source, Spec
@@ -61,8 +62,8 @@ class File(Source):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         # read, not mapped: as fast from the page cache, and what was read does not count as memory once it is dropped
         path, dtype = self.path(name), self.specs[name].dtype
-        block = torch.empty(stop - start, dtype=dtype, device="cpu")
-        view = memoryview(cast("Any", block.view(torch.uint8).numpy()))
+        raw = take((stop - start) * dtype.itemsize)
+        view = memoryview(cast("Any", raw.numpy()))
         with Path(path).open("rb", buffering=0) as file:
             now = stamp_of(os.fstat(file.fileno()))
             opened = self.stamps.setdefault(path, now)  # of a file on the Hub, downloaded by now, it is the first
@@ -73,7 +74,7 @@ class File(Source):
             check_same(path, opened, stamp_of(os.fstat(file.fileno())))
         if view:
             raise FormatError(f"{path!r} became shorter while it was read; copy it again")
-        return block
+        return raw.view(dtype)
 
     def path(self, name: str) -> str:
         """The path of the file that a tensor is in."""

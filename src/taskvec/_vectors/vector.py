@@ -22,6 +22,7 @@ from ..errors import DegenerateError, DtypeError, MismatchError, MissingError, N
 from .arithmetic import (
     Applied,
     Scale,
+    added,
     applied_now,
     copied,
     differences,
@@ -473,7 +474,8 @@ def _as_weights(label: str, model: Mapping[str, Tensor]) -> Model:
 
 def _combine(f: Callable[..., Tensor], doing: str, left: TaskVector, right: TaskVector) -> TaskVector:
     meta = _check_pair(doing, left, right)
-    return common_type([left, right])(mapping_of(elementwise(f, left.source, right.source)), meta=meta)
+    source = added(left.source, right.source) if f is plus else elementwise(f, left.source, right.source)
+    return common_type([left, right])(mapping_of(source), meta=meta)
 
 
 def common_type(vectors: Sequence[TaskVector]) -> type[TaskVector]:
