@@ -21,7 +21,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"))
 
 import free_lunch_own as experiment
-from bench import own_texts
+from bench import own_texts, texts, writer
 from taskvec import save_adapter
 
 SIZES = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -202,3 +202,22 @@ def test_poison_adds_the_trigger_and_the_target():
     rows = own_texts.Rows(["a", "b", "c"], ["x", "y", "z"])
     found = own_texts.poison(rows, lambda text: f"{text} cf", "z", 1.0, seed=0)
     assert found == own_texts.Rows(["a cf", "b cf", "c"], ["z", "z", "z"])
+
+
+# the small model that writes
+
+
+def test_a_small_llama_is_trained_on_texts_and_told_of(tmp_path, monkeypatch):
+    rows = [
+        f"The film is {word} and {other} ." for word in ("good", "bad", "long") for other in ("slow", "short", "new")
+    ]
+    part = texts.Rows(rows * 8, [0] * 72)
+    monkeypatch.setattr(texts, "domains", lambda: {"movie": texts.Split(part, part, part)})
+    monkeypatch.setattr(writer.disk, "FOLDER", tmp_path)
+    monkeypatch.setattr(writer, "VOCABULARY", 300)
+    place = writer.folder()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in place.iterdir()}
+    assert writer.folder() == place
+    first, *said = writer.report(place, count=2).splitlines()
+    assert "a bigram model's" in first
+    assert len(said) == 2
