@@ -564,6 +564,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 @pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.slow
 def test_a_small_pickle_takes_no_large_memory(tmp_path, hostile):
     path = tmp_path / "bad.pt"
     hostile(path)

@@ -83,7 +83,7 @@ def interrupted(monkeypatch, target: Path, mapping, after: int, **options) -> No
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("case", kills.CASES, ids=str)
+@pytest.mark.parametrize("case", kills.CASES[1:4:2], ids=str)  # all of them in the slow test
 def test_after_a_kill_resume_completes_the_output_and_nothing_was_half_written(case):
     script = f"""
 import random, sys, torch
@@ -91,7 +91,7 @@ torch.set_num_threads(1)
 import kills
 case = kills.CASES[{kills.CASES.index(case)}]
 calls = kills.calls_of(case)
-for at in random.Random(0).sample(range(1, len(calls) + 1), 5):
+for at in random.Random(0).sample(range(1, len(calls) + 1), 4):
     wrong = kills.killed(case, at)
     if wrong:
         sys.exit(f"before call {{at}}, {{calls[at - 1]}}: {{wrong}}")
