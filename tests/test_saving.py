@@ -163,18 +163,8 @@ def test_a_damaged_piece_is_written_again(disk, monkeypatch):
 def test_whatever_happened_to_what_is_left_the_output_is_right_or_refused(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     state = {"a": torch.arange(50.0), "b": torch.arange(70.0), "c": torch.arange(9.0)}
-    write, count = layout.Writer.__call__, [0]
-
-    def fails(self, *args):
-        count[0] += 1
-        if count[0] > 2:
-            raise KeyboardInterrupt
-        return write(self, *args)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout.Writer, "__call__", fails)
-        with pytest.raises(KeyboardInterrupt):
-            save(state, folder / "m", resume=True, workers=1)
+        interrupted(patch, folder / "m", state, after=2)
     left = folder / ".m.partial"
     for path in (left / "journal", left / "complete" / "model.safetensors"):
         content = bytearray(path.read_bytes())

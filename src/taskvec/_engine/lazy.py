@@ -1,7 +1,6 @@
 """Mappings over sources: what users hold of tensors that are read or computed when asked for."""
 
 from collections.abc import Iterator, Mapping
-from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +11,45 @@ from .names import listed
 from .run import collect, settle
 from .sources import Foreign, Memory, Source, Spec
 
-__all__ = ["Lazy", "mapping_of", "source_of", "specs_of"]
+__all__ = ["Lazy", "Sourced", "mapping_of", "source_of", "specs_of"]
 
 
-class Lazy(Mapping[str, Tensor]):
+class Sourced(Mapping[str, Tensor]):
+    """A mapping of the tensors of a source: its names are known, a tensor is read or computed when asked for.
+
+    Args:
+        source: where they come from.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def source(self) -> Source:
+        """Where the tensors come from."""
+        return self._source
+
+    @override
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._source.specs
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.specs)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._source.specs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        settle(self._source)  # before it goes to several processes, which would each take the statistics
+        return self.__dict__
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+
+class Lazy(Sourced):
     """A mapping of tensors that are read or computed when asked for.
 
     Args:
@@ -27,7 +61,7 @@ class Lazy(Mapping[str, Tensor]):
     def __init__(
         self, source: Source, *, metadata: Mapping[str, str] | None = None, tied: Mapping[str, str] | None = None
     ) -> None:
-        self.source = source
+        super().__init__(source)
         self.metadata, self.tied = dict(metadata or {}), dict(tied or {})
 
     @override
@@ -36,29 +70,10 @@ class Lazy(Mapping[str, Tensor]):
             raise MissingError(f"no tensor {name!r} here; there are {listed(list(self))}")
         return collect(self.source, [name])[name]
 
-    def __getstate__(self) -> dict[str, Any]:
-        settle(self.source)
-        return self.__dict__
-
-    @override
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.source.specs
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source.specs)
-
-    @override
-    def __len__(self) -> int:
-        return len(self.source.specs)
-
     @override
     def __repr__(self) -> str:
-        entries = sum(prod(spec.shape) for spec in self.source.specs.values())
+        entries = sum(spec.entries for spec in self.source.specs.values())
         return f"Lazy({len(self)} tensors, {entries:,} entries)"
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
 
 
 def source_of(mapping: Mapping[str, Tensor]) -> Source:

@@ -6,8 +6,8 @@ from math import ceil
 import torch
 
 from .lift import Ruled
-from .pieces import chunk_size, piece_size
-from .run import Run, Stack, workers_of
+from .pieces import chunk_size
+from .run import Run, Stack, block_of, workers_of
 from .select import HELD, SAMPLE
 from .sources import Foreign, Memory, Source
 
@@ -38,17 +38,15 @@ def peak_bytes(source: Source, names: Sequence[str], workers: int) -> int:
 
 def _of_task(run: Run, name: str) -> int:
     """The bytes of one chunk's inputs, and of one block on its way through everything that is computed from them."""
-    entries, grain = run.root.specs[name].entries, run.root.grain(name)
-    size = piece_size(run.root.specs[name], "element", run.root.device(name))
-    grain = max(1, size // grain) * grain
-    block, chunk = min(entries, grain), min(entries, chunk_size(grain))
+    entries, size = run.root.specs[name].entries, block_of(run, name)
+    block, chunk = min(entries, size), min(entries, chunk_size(size))
     total = 0
-    for source, own in _reached(run, name):
+    for source, own in run.reached(run.root, name):
         width = 8 if source.specs[own].dtype == torch.float64 else 4
         if isinstance(source, Memory):
             continue
         if isinstance(source, Foreign):
-            total += source.specs[own].entries * source.specs[own].dtype.itemsize
+            total += source.specs[own].bytes
         elif not source.sources:
             total += chunk * source.specs[own].dtype.itemsize
         elif isinstance(source, Stack):
@@ -68,19 +66,3 @@ def _of_statistics(run: Run, names: Sequence[str]) -> Iterator[int]:
             held = min(HELD, entries, 10 * entries // max(1, 2 * int(sample**0.5)) + sample)
             overlapping = 1 if source.options.scope == "global" else min(len(names), 2)
             yield overlapping * len(source.sources) * 8 * 3 * (sample + held)
-
-
-def _reached(run: Run, name: str) -> list[tuple[Source, str]]:
-    """Everything that one tensor is made of, each once."""
-    found: dict[tuple[int, str], tuple[Source, str]] = {}
-
-    def visit(source: Source, own: str) -> None:
-        source = run.same[id(source)]
-        key = run.number[id(source)], own
-        if key not in found:
-            found[key] = source, own
-            for part, inner in source.parts(own):
-                visit(part, inner)
-
-    visit(run.root, name)
-    return list(found.values())

@@ -152,13 +152,18 @@ def _keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
+def _one_thread() -> None:
+    """Give torch one thread in the thread that calls this."""
+    torch.get_num_threads()  # asked first: a later lazy initialisation would undo the setting
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def _threads(workers: int) -> Generator[ThreadPoolExecutor]:
     before, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # asked first: a later lazy initialisation would undo the setting
-        torch.set_num_threads(1)
+        _one_thread()
         ready.wait()
 
     with ThreadPoolExecutor(workers, "taskvec", begin) as executor:
@@ -175,8 +180,7 @@ def _one_thread_each() -> Generator[Callable[[Task], Any]]:
     before = torch.get_num_threads()
 
     def alone(task: Task) -> Any:
-        torch.get_num_threads()
-        torch.set_num_threads(1)
+        _one_thread()
         return task()
 
     try:

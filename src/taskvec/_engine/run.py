@@ -24,6 +24,7 @@ from .sources import Foreign, Pull, Source
 
 __all__ = [
     "Stack",
+    "block_of",
     "collect",
     "entries_of",
     "measure",
@@ -130,20 +131,25 @@ class Run:
             self._plan = _pickled(self.root)
         return self._plan
 
-    def known(self, source: Source, name: str) -> list[tuple[int, str, Any]]:
-        """The statistics that are known of everything that one tensor of a source is made of."""
-        found: dict[tuple[int, str], Any] = {}
+    def reached(self, source: Source, name: str) -> Iterable[tuple[Source, str]]:
+        """Everything that one tensor of a source is made of, itself included, each once."""
+        found: dict[tuple[int, str], tuple[Source, str]] = {}
 
         def visit(source: Source, name: str) -> None:
             source = self.same[id(source)]
-            key = self.number[id(source)], name
-            if key not in found:
-                found[key] = source.told(name) if isinstance(source, Stack) else None
+            if (id(source), name) not in found:
+                found[id(source), name] = source, name
                 for part, own in source.parts(name):
                     visit(part, own)
 
         visit(source, name)
-        return [(*key, value) for key, value in found.items() if value is not None]
+        return found.values()
+
+    def known(self, source: Source, name: str) -> list[tuple[int, str, Any]]:
+        """The statistics that are known of everything that one tensor of a source is made of."""
+        stacks = [(part, own) for part, own in self.reached(source, name) if isinstance(part, Stack)]
+        told = [(self.number[id(part)], own, part.told(own)) for part, own in stacks]
+        return [one for one in told if one[2] is not None]
 
     def wanted(self, names: Iterable[str]) -> Iterator[tuple[Stack, tuple[str, ...]]]:
         """The statistics that some tensors need and that are not known yet, inner ones first: of what, over what."""
@@ -291,10 +297,11 @@ class Task(NamedTuple):
 
 def _chunks(run: Run, name: str) -> Iterator[tuple[int, int]]:
     """The chunks that a result is computed in."""
-    return spans(0, run.root.specs[name].entries, chunk_size(_block(run, name)))
+    return spans(0, run.root.specs[name].entries, chunk_size(block_of(run, name)))
 
 
-def _block(run: Run, name: str) -> int:
+def block_of(run: Run, name: str) -> int:
+    """The length of the blocks that a result is computed in."""
     grain = run.root.grain(name)
     return max(1, piece_size(run.root.specs[name], "element", run.root.device(name)) // grain) * grain
 
@@ -302,7 +309,7 @@ def _block(run: Run, name: str) -> int:
 def _result(run: Run, name: str, sink: Sink, done: Container[Span], heard: Callable[[Any], None] | None) -> Work:
     for stack, over in run.wanted([name]):
         yield from _statistics(run, stack, over)
-    block = _block(run, name)
+    block = block_of(run, name)
     yield [
         Task(_write, run, run.root, name, (name, span, block, sink), heard)
         for span in _chunks(run, name)

@@ -30,9 +30,7 @@ LOW = (1 << 32) - 1
 TOP = (1 << 63) - 1
 SMALL = 1 << 16  # so many keys are collected without a bracket
 SAMPLE = 1 << 20  # keys of a vector in a sample, at most
-HELD = (
-    1 << 22
-)  # keys of a vector that are collected, about, at most: of more every so-manieth, to narrow the bracket by
+HELD = 1 << 22  # keys of a vector that are collected, about; of more only a part, to narrow the bracket by
 
 
 class Key(NamedTuple):

@@ -43,6 +43,11 @@ class Spec(NamedTuple):
         return prod(self.shape)
 
     @property
+    def bytes(self) -> int:
+        """The bytes of all entries."""
+        return self.entries * self.dtype.itemsize
+
+    @property
     def row(self) -> int:
         """Entries in one row: a slice along dim 0, or all of a tensor with fewer than two dimensions."""
         return max(1, prod(self.shape[1:]) if len(self.shape) > 1 else prod(self.shape))

@@ -103,7 +103,7 @@ def _header(
     begin = 0
     for name in ordered:
         spec = specs[name]
-        end = begin + spec.entries * spec.dtype.itemsize
+        end = begin + spec.bytes
         entries[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
         begins[name] = begin
         begin = end
@@ -120,12 +120,11 @@ def shard_files(specs: Mapping[str, Spec], limit: int | None) -> dict[str, list[
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
-        size = spec.entries * spec.dtype.itemsize
-        if limit is not None and shards[-1] and filled + size > limit:
+        if limit is not None and shards[-1] and filled + spec.bytes > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += spec.bytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}

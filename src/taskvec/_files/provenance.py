@@ -20,7 +20,7 @@ from .._engine.lift import Ruled
 from .._engine.sources import Foreign, Memory, Source
 from .._vectors.vector import TaskVector
 from .hub import Remote, is_hub_name
-from .paths import small
+from .paths import Stamp, small, stamp_of
 from .pickles import Pickled
 from .safetensors import File
 
@@ -89,8 +89,8 @@ def _short(value: Any) -> str:
 def provenance(source: Source) -> dict[str, str]:
     """Metadata that says which files, by which rules, with which version; nothing of what was in memory.
 
-    Of a file on disk: its name, its bytes, and a SHA-256 of its header and of pages spread over it (to read all of a
-    large checkpoint once more would take as long as the merge). Of a model on the Hub: its name and commit. Where
+    Of a file on disk: its name, its bytes, and a SHA-256 of pages spread over it (to read all of a large checkpoint
+    once more would take as long as the merge). Of a model on the Hub: its name and commit. Where
     nothing comes from memory, also a hash of all that the result depends on, the same on every machine.
     """
     parts = list(within(source))
@@ -116,17 +116,13 @@ def _files(source: Source) -> list[dict[str, Any]]:
 def _file(name: str) -> dict[str, Any]:
     path = Path(name)
     told = {"model": model_name(path.parent), "file": path.name, "bytes": path.stat().st_size}
-    return told | {"sampled_sha256": _sampled(name, *_changed(path))}
-
-
-def _changed(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_mtime_ns
+    return told | {"sampled_sha256": _sampled(name, stamp_of(path.stat()))}
 
 
 @lru_cache(maxsize=1024)
-def _sampled(path: str, inode: int, changed: int) -> str:
-    del inode, changed
+def _sampled(path: str, stamp: Stamp) -> str:
+    """A hash of pages spread over a file, taken anew where it was rewritten."""
+    del stamp
     found = hashlib.sha256()
     with Path(path).open("rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -152,15 +152,11 @@ def _described(path: str, stamp: Stamp) -> _Described:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise FormatError(f"{path!r} is not an intact safetensors file: {error}") from error
     check_same(path, stamp, stamp_of(Path(path).stat()))
-    place = stamp.size - sum(_size(spec) for spec in specs.values())
+    place = stamp.size - sum(spec.bytes for spec in specs.values())
     for name, spec in specs.items():
         begin[name] = place
-        place += _size(spec)
+        place += spec.bytes
     return _Described(specs, metadata, begin, stamp)
-
-
-def _size(spec: Spec) -> int:
-    return spec.entries * spec.dtype.itemsize
 
 
 def _dtype(path: str, name: str, code: str) -> torch.dtype:

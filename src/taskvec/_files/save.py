@@ -169,8 +169,6 @@ def write(
     one_file = list(files) == [target.name]
     layout = lay_out(source.specs, files, said)
     same = digest(source, contents=how.resume)
-    if not how.resume:
-        check_target(target, one_file, how.overwrite)
     _check_memory(source, how)
     with begun(target, same, resume=how.resume) as partial:
         if how.resume and (_taken(target, partial) or _holds(target, one_file, layout, said)):
@@ -204,8 +202,7 @@ def _write_files(partial: Partial, source: Source, layout: Layout, how: How) -> 
         for one in written
         if one is not None and read_back(partial.complete, layout, source.specs, one) == one.checksum
     }
-    total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
-    with Progress(total) as progress:
+    with Progress(_bytes_of(source)) as progress:
 
         def heard(written: Written) -> None:
             partial.note(written)
@@ -252,9 +249,12 @@ def _holds(target: Path, one_file: bool, layout: Layout, said: Mapping[str, str]
 
 
 def _index(source: Source, files: Mapping[str, Sequence[str]]) -> bytes:
-    total = sum(spec.entries * spec.dtype.itemsize for spec in source.specs.values())
     weight_map = {name: file for file, names in files.items() for name in names}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
+    return json.dumps({"metadata": {"total_size": _bytes_of(source)}, "weight_map": weight_map}, indent=2).encode()
+
+
+def _bytes_of(source: Source) -> int:
+    return sum(spec.bytes for spec in source.specs.values())
 
 
 def _write_bytes(path: Path, contents: bytes) -> None:

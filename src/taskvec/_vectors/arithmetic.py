@@ -1,7 +1,7 @@
 """The arithmetic of vectors on one tensor: module-level functions, so that lazy vectors pickle."""
 
 import numbers
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -56,15 +56,16 @@ def plus(x: Tensor, y: Tensor, *more: Tensor) -> Tensor:
     return result
 
 
-def added(left: Source, right: Source) -> Source:
-    """`left + right`; a lazy sum that grows stays one sum, which is computed in one place."""
+def combined(f: Callable[..., Tensor], left: Source, right: Source) -> Source:
+    """`f(left, right)`; a lazy sum that grows stays one sum, which is computed in one place."""
     if (
-        isinstance(left, Derived)
+        f is plus
+        and isinstance(left, Derived)
         and left.f is plus
         and all(spec.dtype == right.specs[name].dtype for name, spec in left.specs.items())
     ):
         return Derived(plus, [*left.sources, right])
-    return elementwise(plus, left, right)
+    return elementwise(f, left, right)
 
 
 def minus(x: Tensor, y: Tensor) -> Tensor:

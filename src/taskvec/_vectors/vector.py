@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._engine.lazy import Lazy, mapping_of, source_of
+from .._engine.lazy import Lazy, Sourced, mapping_of, source_of
 from .._engine.lift import lift
 from .._engine.marks import Leaf, check_kind_of_rule
 from .._engine.names import Patterns, check_aligned, listed, matching
-from .._engine.run import measure, settle
+from .._engine.run import measure
 from .._engine.sources import Memory, Source, elementwise, joined, renamed
 from .._engine.totals import gram
 from ..errors import DegenerateError, DtypeError, MismatchError, MissingError, NonFiniteError, OptionError
 from .arithmetic import (
     Applied,
     Scale,
-    added,
     applied_now,
+    combined,
     copied,
     differences,
     divided,
@@ -57,7 +57,7 @@ __all__ = ["TaskVector", "check_vector", "check_weights", "common_type"]
 TIED = "tied"  # the key of `meta` that keeps which names were one tensor
 
 
-class TaskVector(Mapping[str, Tensor]):
+class TaskVector(Sourced):
     """A mapping of differences: tuned minus base, name by name.
 
     It is immutable, in memory (of dicts) or lazy (of checkpoints on disk): then so is everything made from it, until a
@@ -91,12 +91,8 @@ class TaskVector(Mapping[str, Tensor]):
             check_kind(name, source)
             if not spec.dtype.is_floating_point:
                 raise DtypeError(f"{name!r} is {spec.dtype}: a task vector holds floating-point differences only")
-        self._source = source
+        super().__init__(source)
         self._meta = dict(meta or {})
-
-    def __getstate__(self) -> dict[str, Any]:
-        settle(self._source)
-        return self.__dict__
 
     @classmethod
     def between(
@@ -153,11 +149,6 @@ class TaskVector(Mapping[str, Tensor]):
         return cls(mapping_of(differences(base.source, tuned.source, specs[left[0]], dtype)), meta=meta)
 
     @property
-    def source(self) -> Source:
-        """Where the differences come from."""
-        return self._source
-
-    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """The differences themselves: a dict of those in memory, or a lazy mapping."""
         return mapping_of(self._source)
@@ -184,21 +175,6 @@ class TaskVector(Mapping[str, Tensor]):
         if isinstance(self._source, Memory):
             return self._source.tensors[name]
         return Lazy(self._source)[name]
-
-    @override
-    def __contains__(self, name: object) -> bool:
-        return name in self._source.specs
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source.specs)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._source.specs)
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
 
     @override
     def __eq__(self, other: object) -> bool:
@@ -474,8 +450,7 @@ def _as_weights(label: str, model: Mapping[str, Tensor]) -> Model:
 
 def _combine(f: Callable[..., Tensor], doing: str, left: TaskVector, right: TaskVector) -> TaskVector:
     meta = _check_pair(doing, left, right)
-    source = added(left.source, right.source) if f is plus else elementwise(f, left.source, right.source)
-    return common_type([left, right])(mapping_of(source), meta=meta)
+    return common_type([left, right])(mapping_of(combined(f, left.source, right.source)), meta=meta)
 
 
 def common_type(vectors: Sequence[TaskVector]) -> type[TaskVector]:

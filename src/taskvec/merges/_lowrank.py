@@ -7,6 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from .._engine.select import check_density
 from ..errors import RangeError
 from ..rules import runs
 from ._matrices import Rest, by_matrix, factors, polar
@@ -61,15 +62,13 @@ def tsv_m(stack: Tensor, *, rest: Rest = "mean", matrix: bool = True) -> Tensor:
 
 def _tsv(stack: Tensor) -> Tensor:
     most = min(stack.shape[1:]) // len(stack)
-    return _joined([factors(x, most) for x in stack], lambda s: s, stack)
+    return recomposed(*_joined([factors(x, most) for x in stack]))
 
 
-def _joined(
-    parts: Sequence[tuple[Tensor, Tensor, Tensor]], spectrum: Callable[[Tensor], Tensor], stack: Tensor
-) -> Tensor:
-    """Singular triples side by side, their vectors made orthogonal, their values changed."""
-    u, s, v = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
-    return recomposed(polar(u), spectrum(s), polar(v)) if len(s) else torch.zeros_like(stack[0])
+def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triples side by side, their vectors made orthogonal."""
+    left, values, right = zip(*parts, strict=True)
+    return polar(torch.cat(left, 1)), torch.cat(values), polar(torch.cat(right))
 
 
 @runs("tensor")
@@ -105,7 +104,7 @@ def iso_c(stack: Tensor, *, rest: Rest = "mean", matrix: bool = True) -> Tensor:
 
 def _iso_c(stack: Tensor) -> Tensor:
     u, s, v = factors(total(stack))
-    return recomposed(u, flat(s), v) if len(s) else torch.zeros_like(stack[0])
+    return recomposed(u, flat(s), v)
 
 
 @runs("tensor")
@@ -138,8 +137,7 @@ def iso_cts(stack: Tensor, common: float = 0.8, *, rest: Rest = "mean", matrix: 
         [Marczak et al., No Task Left Behind, 2025](https://arxiv.org/abs/2502.04959). Cut at the numerical rank, as
         `iso_c`.
     """
-    if not 0 <= common <= 1:
-        raise RangeError(f"common must be a fraction of the directions, in [0, 1]; got {common!r}")
+    check_density(common, "common")
     return by_matrix(stack, partial(_iso_cts, common=common), rest, matrix)
 
 
@@ -149,7 +147,13 @@ def _iso_cts(stack: Tensor, common: float) -> Tensor:
     shared = factors(total(stack), size - own * n)
     u = shared[0]
     parts = [factors(x - u @ (u.T @ x), own, beside=float(x.square().sum().sqrt())) for x in stack]
-    return _joined([*parts, shared], flat, stack)
+    left, values, right = _joined([*parts, shared])
+    return recomposed(left, flat(values), right)
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise RangeError(f"share must be in (0, 1]; got {share!r}")
 
 
 @runs("tensor")
@@ -180,8 +184,7 @@ def star(stack: Tensor, share: float = 0.4, *, rest: Rest = "mean", matrix: bool
     References:
         [Lee et al., STAR, 2025](https://arxiv.org/abs/2502.10339)
     """
-    if not 0 < share <= 1:
-        raise RangeError(f"share must be of the sum of singular values, in (0, 1]; got {share!r}")
+    _check_share(share)
     return by_matrix(stack, partial(_star, share=share), rest, matrix)
 
 
@@ -229,8 +232,7 @@ def cart(stack: Tensor, share: float = 0.04, scale: float = 1.0, *, rest: Rest =
     References:
         [Choi et al., Revisiting Weight Averaging for Model Merging, 2024](https://arxiv.org/abs/2412.12153)
     """
-    if not 0 < share <= 1:
-        raise RangeError(f"share must be of the singular values, in (0, 1]; got {share!r}")
+    _check_share(share)
     return by_matrix(stack, partial(_cart, share=share, scale=scale), rest, matrix)
 
 
@@ -276,8 +278,7 @@ def subspace_boosting(
         [Skorobogat et al., Subspace-Boosted Model Merging, 2025](https://arxiv.org/abs/2506.16506). Only directions
         above the numerical rank are raised.
     """
-    if not 0 < share <= 1:
-        raise RangeError(f"share must be of the sum of singular values, in (0, 1]; got {share!r}")
+    _check_share(share)
     return by_matrix(stack, partial(_boosted, share=share, inner=inner), rest, matrix)
 
 

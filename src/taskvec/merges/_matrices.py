@@ -52,10 +52,10 @@ def factors(x: Tensor, most: int | None = None, *, beside: float = 0.0) -> tuple
         beside: a norm, where x is what is left of something larger, whose rounding it holds.
 
     Returns:
-        `(rows, r)`, `(r,)`, `(r, columns)`; r is 0 for a zero matrix.
+        `(rows, r)`, `(r,)`, `(r, columns)`; r is 0 for a zero matrix, and what is composed of them is one again.
     """
     u, s, v = cast("tuple[Tensor, Tensor, Tensor]", cast("Any", torch.linalg).svd(x, full_matrices=False))
-    rank = int((s > smallest(x) * max(beside, float(s[0]))).sum())
+    rank = int((s > smallest(x) * max(beside, float(s[:1].sum()))).sum())
     rank = rank if most is None else min(rank, most)
     return u[:, :rank], s[:rank], v[:rank]
 

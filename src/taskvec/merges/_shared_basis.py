@@ -150,7 +150,7 @@ def _dc_merge(stack: Tensor, inner: Inner) -> Tensor:
         return torch.zeros_like(stack[0])
     left = _whitened(torch.cat([u for u, _, _ in parts], 1))
     right = _whitened(torch.cat([v for _, _, v in parts], 0).T)
-    smooth = [recomposed(u, flat(s), v) if len(s) else torch.zeros_like(stack[0]) for u, s, v in parts]
+    smooth = [recomposed(u, flat(s), v) for u, s, v in parts]
     cores = torch.stack([left.T @ x @ right for x in smooth])
     owner = torch.tensor([i for i, rank in enumerate(ranks) for _ in range(rank)], device=stack.device)
     return left @ (inner(cores) * (owner[:, None] == owner)) @ right.T
