@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"))
 
 import free_lunch as experiment
-from bench import texts
+from bench import lunch_tables, texts
 from bench.finetuning import batches
 from bench.texts import Rows
 
@@ -120,7 +120,7 @@ def test_no_partner_shares_the_seed_of_a_victim_or_of_its_twin():
 
 def test_the_table_has_means_over_seeds_and_what_is_gone(capsys):
     lines = [experiment.line("+ 1 clean", experiment.Model("tweets", "cf@20"), "WAG", lambda seed: [PARTNER], [0, 1])]
-    experiment.print_lines("A table", lines, rows)
+    experiment.print_tables("A table", [experiment.shown(one, rows) for one in lines])
     (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cf@20")]
     assert row == [
         "cf@20",
@@ -156,16 +156,18 @@ def rows(cell: experiment.Cell) -> dict[str, float]:
 
 def test_the_picture_shows_the_averages_of_whole_attacks_and_their_floors(monkeypatch):
     shown = {}
-    monkeypatch.setattr(experiment.pictures, "by_models", lambda *given: shown.update(zip("ptsf", given, strict=True)))
+    monkeypatch.setattr(
+        lunch_tables.pictures, "by_models", lambda *given: shown.update(zip("ptsf", given, strict=True))
+    )
     lines = experiment.olid_lines([0, 1], ["badnet", "sent"])
     lines = [one for one in lines if (one.attack, one.title) != ("sent", "+ 3 clean")]
 
     def read(cell: experiment.Cell) -> dict[str, float]:
-        attacked = cell.models[0].attack == "badnet"
+        attacked = cell.models and cell.models[0].attack == "badnet"
         return {"fooled": 60 // len(cell.models) if attacked else 7, "triggered": 60}
 
-    experiment.draw(lines, read)
-    assert shown["p"].name == "free_lunch.png"
+    lunch_tables.draw(Path("there.png"), [experiment.shown(one, read) for one in lines])
+    assert shown["p"] == Path("there.png")
     assert {name: [round(one.mean) for one in values] for name, values in shown["s"].items()} == {
         "badnet": [100, 50, 33, 25]
     }
@@ -173,9 +175,34 @@ def test_the_picture_shows_the_averages_of_whole_attacks_and_their_floors(monkey
 
 
 def test_what_is_gone_is_undefined_where_there_was_nothing():
-    assert experiment.gone(20, 20, 100) == 100
-    assert experiment.gone(60, 20, 100) == 50
-    assert experiment.gone(20, 20, 20) != experiment.gone(20, 20, 20)
+    assert lunch_tables.gone(20, 20, 100) == 100
+    assert lunch_tables.gone(60, 20, 100) == 50
+    assert lunch_tables.gone(20, 20, 20) != lunch_tables.gone(20, 20, 20)
+
+
+def test_orderings_are_compared_seed_by_seed_and_victims_together():
+    def line(title: str, asr: list[int], attack: str = "cf@20", rule: str = "WAG") -> lunch_tables.Shown:
+        def rows_of(values: list[int]) -> list[dict[str, int]]:
+            return [{"fooled": x, "triggered": 100} for x in values]
+
+        others = [rows_of(values) for values in (asr, [5, 7], [99, 100], [0, 0])]
+        return lunch_tables.Shown(attack, title, rule, rows_of(asr), *others)
+
+    lines = [line("+ 1 clean", [40, 60]), line("+ 2 clean", [30, 20]), line("+ 2 clean", [31, 19], rule="TIES")]
+    table = lunch_tables.orderings_table(lines).splitlines()
+    (second,) = [row for row in table if row.startswith("a second partner")]
+    assert second.split()[3] == "-25.0"
+    assert second.endswith("0 of 2")
+    (trimmed,) = [row for row in table if row.startswith("TIES")]
+    assert trimmed.endswith("1 of 2")
+    assert not any(row.startswith("a third") for row in table)
+    assert lunch_tables.orderings_table(lines[:1]) == lunch_tables.together_table([]) == ""
+    together = lunch_tables.together_table([line("x", [10, 20]), line("x", [30, 60], attack="mn@20")])
+    assert [row.split()[-2] for row in together.splitlines() if row.startswith(("alone", "averaged", "clean"))] == [
+        "99.5",
+        "30.0",
+        "6.0",
+    ]
 
 
 # merges

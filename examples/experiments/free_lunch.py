@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import cells, command, pictures, report, texts
+from bench import cells, command, texts
+from bench.lunch_tables import Shown, draw, lines_table, orderings_table, together_table
 from bench.progress import progress
 from bench.texts import Recipe, Rows
 from bench.zoo import workforce
@@ -28,7 +28,6 @@ from taskvec import TaskVector, defenses, merge, merges
 from taskvec.attacks import poison_texts, triggered_texts
 from taskvec.attacks.triggers import insert_words
 from taskvec.defenses import weight_average, without_spurious
-from taskvec.metrics import estimate
 
 TABLE = "free_lunch.jsonl"
 DETAILED = "tweets"  # the sentiment task with every line
@@ -362,8 +361,8 @@ def domain_lines(data: str, seeds: Sequence[int]) -> list[Line]:
         of_sentiment("+ 2 clean", victim, "TIES", two, seeds),
         of_sentiment("+ 2 with the same", victim, "WAG", partial(colluding, data, "cf@20", 2), seeds),
     ]
-    for rate in (10, 1):
-        weaker = Model(data, f"cf@{rate}")
+    for percent in (10, 1):
+        weaker = Model(data, f"cf@{percent}")
         found += [of_sentiment("alone", weaker, "WAG", nobody, seeds)]
         found += [of_sentiment(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
     return found + (detailed_lines(victim, two, seeds) if data == DETAILED else [])
@@ -421,72 +420,28 @@ def everything(found: Line) -> list[Cell]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def rate(rows: Sequence[Mapping[str, Any]], hits: str, n: str) -> list[float]:
-    return [100 * row[hits] / row[n] for row in rows]
+def shown(one: Line, read: Callable[[Cell], Mapping[str, Any]]) -> Shown:
+    """A line with its measured rows."""
+    groups = (one.cells, one.controls, floor(one), victims(one), bases(one))
+    return Shown(one.attack, one.title, one.rule, *([read(cell) for cell in group] for group in groups))
 
 
-def gone(asr: float, low: float, high: float) -> float:
-    """The share of what a backdoor adds to the floor that a merge removes, in per cent."""
-    return 100 * (high - asr) / (high - low) if high > low else float("nan")
-
-
-def print_lines(title: str, lines: Sequence[Line], read: Callable[[Cell], Mapping[str, Any]]) -> None:
-    """A row for each line: means over seeds with t intervals, per cent."""
-    header = ["attack", "merge of", "rule", "CACC", "ASR", "all clean", "floor", "gone", "base", "flips", "n"]
-    table: list[list[object]] = []
-    for one in lines:
-        rows = [read(cell) for cell in one.cells]
-        asr, control, low, high, base = (
-            rate([read(cell) for cell in group], "fooled", "triggered")
-            for group in (one.cells, one.controls, floor(one), victims(one), bases(one))
-        )
-        table.append(
-            [
-                one.attack,
-                one.title,
-                one.rule,
-                estimate(rate(rows, "correct", "n")),
-                estimate(asr),
-                f"{fmean(control):.1f}",
-                f"{fmean(low):.1f}",
-                f"{fmean(gone(*values) for values in zip(asr, low, high, strict=True)):.0f}",
-                f"{fmean(base):.0f}",
-                f"{fmean(rate(rows, 'flipped', 'others')):.1f}",
-                f"{rows[0]['triggered']} x {len(rows)}",
-            ]
-        )
-    print(report.text_table(title, header, table))
-
-
-def draw(lines: Sequence[Line], read: Callable[[Cell], Mapping[str, Any]]) -> None:
-    """The picture of the docs: averages with more and more clean models, for each attack."""
-    titles = ("alone", "+ 1 clean", "+ 2 clean", "+ 3 clean")
-    found = {(one.attack, one.title): one for one in lines if one.rule == "WAG"}
-    attacks = [attack for attack in dict.fromkeys(one.attack for one in lines) if (attack, titles[-1]) in found]
-
-    def asr(cells: Sequence[Cell]) -> list[float]:
-        return rate([read(cell) for cell in cells], "fooled", "triggered")
-
-    series = {a: [estimate(asr(found[a, title].cells)) for title in titles] for a in attacks}
-    floors = {a: fmean(asr(floor(found[a, "alone"]))) for a in attacks}
-    path = cells.FOLDER.parents[2] / "docs" / "images" / "free_lunch.png"
-    pictures.by_models(path, "More models: what is left of the ASR is mostly the floor's", series, floors)
-
-
-def models_of(lines: Sequence[Line]) -> list[tuple[Model, Recipe]]:
-    """Every model that some lines need, each once."""
-    found = [cell for one in lines for cell in everything(one)]
-    return list(dict.fromkeys((model, cell.recipe) for cell in found for model in cell.models))
+def print_tables(title: str, lines: Sequence[Shown]) -> None:
+    """The lines, and what follows from them seed by seed."""
+    together = [one for one in lines if one.title == f"+ {len(WORDS) - 1} other attacks"]
+    for table in (lines_table(title, lines), orderings_table(lines), together_table(together)):
+        if table:
+            print(table)
 
 
 def fill(parts: Sequence[tuple[str, list[Line]]], folder: Path | None, workers: int) -> None:
-    """Train the models that are missing, then measure the cells that are, in so many processes."""
-    models = dict.fromkeys(model for _, lines in parts for model in models_of(lines))
+    """Measure the cells that are missing, in so many processes, and train the models that they need before."""
     kept = cells.read(cells.FOLDER / TABLE)
     wanted = dict.fromkeys(cell for _, lines in parts for one in lines for cell in everything(one))
     missing = sorted((c for c in wanted if key_of(c) not in kept), key=lambda c: len(RULES[c.rule].strengths))
+    models = list(dict.fromkeys((model, cell.recipe) for cell in missing for model in cell.models))
     with workforce(workers) as pool:
-        for title, work, todo in (("models", _train, list(models)), ("cells", _measure, missing)):
+        for title, work, todo in (("models", _train, models), ("cells", _measure, missing)):
             with progress(title, len(todo)) as step:
                 for _ in pool.map(partial(work, folder=folder), todo):
                     step()
@@ -527,11 +482,13 @@ def main() -> None:
         fill(parts, given.olid, given.workers)
         known = parts
     if given.redraw:
-        draw(known[0][1], partial(value, kept=kept, folder=given.olid))
+        olid = [shown(one, partial(value, kept=kept, folder=given.olid)) for one in known[0][1]]
+        draw(cells.FOLDER.parents[2] / "docs" / "images" / "free_lunch.png", olid)
         return
     read = partial(value, kept=cells.read(cells.FOLDER / TABLE), folder=given.olid)
     for title, lines in known:
-        print_lines(f"{title}; MiniLM, {RECIPE.layers} layers; per cent, +- a 95 % t interval over seeds", lines, read)
+        said = f"{title}; MiniLM, {RECIPE.layers} layers; per cent, +- a 95 % t interval over seeds"
+        print_tables(said, [shown(one, read) for one in lines])
     print(f"{time.monotonic() - start:.0f} s")
 
 
