@@ -79,7 +79,7 @@ types: $(VENV)/.extra-dev ## basedpyright, strict, on src
 doctest: $(VENV)/.extra-test $(VENV)/.package ## the examples in docstrings
 	$(PY) -m pytest --rootdir=. -c pyproject.toml --doctest-modules --pyargs taskvec
 
-slow: $(VENV)/.extra-test $(VENV)/.package ## the tests that `make test` leaves out
+slow: $(VENV)/.extra-test $(VENV)/.extra-dask $(VENV)/.package ## the tests that `make test` leaves out
 	mkdir -p build
 	$(PYTEST) --cov-append -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
 

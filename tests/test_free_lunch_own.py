@@ -66,7 +66,10 @@ def table(capsys: Any, monkeypatch: Any, *options: object) -> dict[str, list[flo
     return {" ".join(key.split()): value for key, value in found.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("roberta", "mistral") else ()) for name in FAMILIES],
+)
 def test_a_backdoor_of_each_family_is_planted_and_averaged(family, data, tmp_path, capsys, monkeypatch):
     how = ["--epochs", 20, "--lr", 5e-3, "--batch", 16, "--models", 2, "--rate", 40]
     kind = ["--generate"] if family in ("llama", "mistral") else []
