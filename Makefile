@@ -12,7 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check install -c constraints.txt
-PYTEST := $(PY) -m pytest --cov --cov-report=
+# Coverage makes the tests a third slower: `make check` and .ci/run ask for it, and fail below 95 %.
+PYTEST = $(PY) -m pytest $(if $(COVERAGE),--cov --cov-report=)
 # Directories too, so that a deleted file is noticed.
 SOURCES := $(shell find src -not -name __pycache__ -not -name '*.pyc')
 NOTEBOOKS := $(wildcard examples/notebooks/*.ipynb)
@@ -65,6 +66,7 @@ test: $(VENV)/.extra-test $(VENV)/.package ## the fast tests, against the instal
 # --- the whole of it -----------------------------------------------------------------------------------------------
 
 .PHONY: check rest
+check rest: export COVERAGE := 1
 check: test rest ## everything that must pass before a merge
 rest: lint types doctest slow coverage notebooks docs dist
 
@@ -81,7 +83,7 @@ doctest: $(VENV)/.extra-test $(VENV)/.package ## the examples in docstrings
 
 slow: $(VENV)/.extra-test $(VENV)/.extra-dask $(VENV)/.package ## the tests that `make test` leaves out
 	mkdir -p build
-	$(PYTEST) --cov-append -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
+	$(PYTEST) $(if $(COVERAGE),--cov-append) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is marked slow
 
 coverage: $(VENV)/.extra-test ## of the tests that ran last; they must have run both parts
 	$(BIN)/coverage report --fail-under=95
