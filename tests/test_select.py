@@ -143,17 +143,17 @@ def test_a_sample_that_lies_costs_a_pass_and_nothing_else(kind, monkeypatch):
 def test_where_too_many_keys_are_inside_a_bracket_some_narrow_it(kind, held, monkeypatch):
     made_small(monkeypatch, 1, 16, 300)
     x = DATA[kind]()
-    wanted, steps, bracketed = trimmed(x, 600), [], select._bracketed
+    wanted, steps, counted = trimmed(x, 600), [], select._counted
 
-    def watched(row, at, bracket, equal):
-        found = bracketed(row, at, bracket, equal)
+    def watched(keys, above, at, bracket, *, wide):
+        found = counted(keys, above, at, bracket, wide=wide)
         steps.append(bracket.step)
         assert found.keys is None or len(found.keys) <= -(-found.inside // bracket.step)
         return found
 
     monkeypatch.setattr(select, "HELD", held)
     monkeypatch.setattr(select, "SAMPLE", 100)
-    monkeypatch.setattr(select, "_bracketed", watched)
+    monkeypatch.setattr(select, "_counted", watched)
     result = trimmed(x, 600)
     assert torch.equal(result, wanted)
     check_kept(x, result, 600)

@@ -202,7 +202,7 @@ def calls(tree: ast.AST, names: set[str]) -> list[str]:
     return sorted({name for name in found if name in names})
 
 
-@of_files("_engine.select", "_engine.random", FILE_ROOM)
+@of_files("_engine.select", "_engine.random", "_engine.totals", FILE_ROOM)
 def test_nothing_moves_between_devices_on_the_sly(path):
     assert calls(parsed(path), {"cpu", "cuda", "numpy"}) == []
 

@@ -79,9 +79,8 @@ def elected(vectors: Vectors, by: By, zero: Zero, winner: float | None) -> Tenso
     if zero not in ("none", "positive", "majority"):
         raise RangeError(f"zero must elect 'none', 'positive' or the 'majority'; got {zero!r}")
     signs = _sign_of(_vote(vectors, by))
-    if zero == "none":
-        return signs
-    return torch.where(signs == 0, signs.new_full((), 1.0 if zero == "positive" else winner or 0.0), signs)
+    taken = {"none": 0.0, "positive": 1.0, "majority": winner or 0.0}[zero]
+    return _sign_of(signs.add_(taken / 2)) if taken else signs  # half a vote, which decides where there is none
 
 
 def _sign_of(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ MOST = 24
 
 class _Kept(threading.local):
     def __init__(self) -> None:
-        self.buffers: list[Tensor] = []
+        self.buffers: list[tuple[int, Tensor]] = []
 
 
 _KEPT = _Kept()
@@ -22,9 +22,9 @@ _KEPT = _Kept()
 
 def take(size: int) -> Tensor:
     """Uninitialized bytes, `(size,)`, of a buffer that was given back or of a new one."""
-    for i, buffer in enumerate(_KEPT.buffers):
-        if size <= len(buffer) <= 2 * size:
-            return _KEPT.buffers.pop(i)[:size]
+    for i, (length, _) in enumerate(_KEPT.buffers):
+        if size <= length <= 2 * size:
+            return _KEPT.buffers.pop(i)[1][:size]
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
@@ -33,4 +33,4 @@ def give_back(buffers: Iterable[Tensor]) -> None:
     for buffer in buffers:
         if len(_KEPT.buffers) < MOST:
             whole = torch.empty(0, dtype=torch.uint8, device="cpu")
-            _KEPT.buffers.append(whole.set_(buffer.untyped_storage()))
+            _KEPT.buffers.append((buffer.untyped_storage().nbytes(), whole.set_(buffer.untyped_storage())))

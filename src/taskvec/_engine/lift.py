@@ -21,7 +21,7 @@ from .names import ABSENT, listed, option_for, unmatched
 from .pieces import Look, Pieces, Place, Statistic, piece_size, shaped, spans
 from .random import key_of
 from .run import Stack, collect
-from .sources import Memory, Pull, Source, Spec, frozen, widest
+from .sources import Memory, Pull, Source, Spec, frozen, remembered, widest
 
 __all__ = ["Ruled", "lift"]
 
@@ -95,11 +95,13 @@ class Ruled(Stack):
         by_row = self.options.scope == "row" and self.mark.pieces == "element"
         return "row" if by_row else self.mark.pieces
 
+    @remembered
     def piece(self, name: str) -> int:
         """Entries in one piece of a tensor."""
         return piece_size(self.specs[name], self.pieces, self.device(name))
 
     @override
+    @remembered
     def grain(self, name: str) -> int:
         return max(super().grain(name), self.piece(name))
 

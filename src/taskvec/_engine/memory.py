@@ -37,10 +37,10 @@ def peak_bytes(source: Source, names: Sequence[str], workers: int) -> int:
 
 
 def _of_task(run: Run, name: str) -> int:
-    """The bytes of one chunk's inputs, and of one block on its way through everything that is computed from them."""
+    """The bytes of one chunk's inputs and output, and of one block on its way through all that is computed of them."""
     entries, size = run.root.specs[name].entries, block_of(run, name)
     block, chunk = min(entries, size), min(entries, chunk_size(size))
-    total = 0
+    total = chunk * run.root.specs[name].dtype.itemsize
     for source, own in run.reached(run.root, name):
         width = 8 if source.specs[own].dtype == torch.float64 else 4
         if isinstance(source, Memory):

@@ -23,6 +23,7 @@ from .random import key_of
 from .sources import Foreign, Pull, Source
 
 __all__ = [
+    "Fill",
     "Stack",
     "block_of",
     "collect",
@@ -36,8 +37,11 @@ __all__ = [
 Span: TypeAlias = tuple[str, int, int]
 """The name of a tensor, and the flat entries of one chunk of it."""
 
-Sink: TypeAlias = Callable[[str, int, Iterator[Tensor]], Any]
-"""Takes a chunk of a result: its name, the flat index of its first entry, and its blocks one after the other."""
+Fill: TypeAlias = Callable[[Tensor], None]
+"""Computes a chunk of a result into given memory, `(stop - start,)` of its dtype."""
+
+Sink: TypeAlias = Callable[[str, int, int, Fill], Any]
+"""Takes a chunk of a result: its name, the flat entries that it is, and what computes it."""
 
 SHIPPED = 1 << 26
 """Bytes of a plan that may be sent to another process with every task: more are tensors, which belong into files."""
@@ -76,7 +80,7 @@ class Stack(Source):
         shape = len(self.sources), pull.stop - pull.start
         stack = torch.empty(shape, dtype=self.wide(pull.name), device=self.device(pull.name))
         for row, source in zip(stack, self.sources, strict=True):
-            row.copy_(pull(source).detach())
+            pull.into(source, row)
         return shaped(stack, self.specs[pull.name], pieces)
 
     def wants(self, name: str) -> tuple[str, ...]:
@@ -191,12 +195,10 @@ def collect(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
     }
     flat = {name: x.reshape(-1) for name, x in found.items()}
 
-    def fill(name: str, start: int, blocks: Iterator[Tensor]) -> None:
-        for block in blocks:
-            flat[name][start : start + len(block)] = block
-            start += len(block)
+    def keep(name: str, start: int, stop: int, fill: Fill) -> None:
+        fill(flat[name][start:stop])
 
-    stream(source, fill, list(specs))
+    stream(source, keep, list(specs))
     return found
 
 
@@ -319,9 +321,13 @@ def _result(run: Run, name: str, sink: Sink, done: Container[Span], heard: Calla
 
 def _write(run: Run, name: str, span: tuple[int, int], block: int, sink: Sink) -> Any:
     pull = run.pull(name, *span)
-    found = sink(name, span[0], (pull.at(start, stop)(run.root) for start, stop in spans(*span, block)))
-    give_back(pull.raw.values())
-    return found
+
+    def fill(out: Tensor) -> None:
+        for start, stop in spans(*span, block):
+            pull.at(start, stop).into(run.root, out[start - span[0] : stop - span[0]])
+        give_back(pull.raw.values())
+
+    return sink(name, *span, fill)
 
 
 def _statistics(run: Run, stack: Stack, names: Sequence[str]) -> Work:

@@ -9,7 +9,7 @@ exact, whatever the sample said.
 from collections.abc import Generator, Sequence
 from functools import lru_cache
 from math import ceil
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -57,30 +57,40 @@ class Cuts(NamedTuple):
         if stack.dtype not in (torch.float32, torch.float64):
             return self.keep(wide(stack), at).to(stack.dtype)  # exact: only zeros are new
         flat = stack.reshape(len(stack), -1)
-        behind = self._behind(flat.detach(), at)
-        own = flat if behind is None else masked(flat, ~behind)
-        rows = [_shrunk(row, key) for row, key in zip(own, self.keys, strict=True)]
-        return (rows[0][None] if len(rows) == 1 else torch.stack(rows)).reshape(stack.shape)
+        rows = None if flat.requires_grad else flat.new_empty(flat.shape)
+        shrunk = [
+            _shrunk(x, key, None if rows is None else rows[i])
+            for i, (x, key) in enumerate(zip(flat, self.keys, strict=True))
+        ]
+        found = torch.stack(shrunk) if rows is None else rows
+        late = self._late(flat.detach(), at)
+        if late is not None:
+            found.view(-1)[late] = 0
+        return found.reshape(stack.shape)
 
-    def _behind(self, flat: Tensor, at: Place) -> Any:
-        """Where a magnitude equals the threshold and its turn comes too late, or None if that is nowhere."""
+    def _late(self, flat: Tensor, at: Place) -> Tensor | None:
+        """Where a magnitude equals the threshold and its turn comes too late, flat indices; None if that is nowhere."""
         last = [key.turn - (at.key >= key.name) for key in self.keys]  # the last turn that is too late
         mags = magnitudes(flat)
         # where no turn is too late, a magnitude that there is not
-        equal = mags == _column([key.bits if t >= 0 else TOP for key, t in zip(self.keys, last, strict=True)], mags)
-        if not equal.any():
+        places = _nonzero(
+            mags == _column([key.bits if t >= 0 else TOP for key, t in zip(self.keys, last, strict=True)], mags)
+        )
+        if not len(places):
             return None
-        turns = turns_of(at, flat.shape[1], flat.device)
-        return equal & (turns <= _column([max(t, 0) for t in last], turns))
+        row, column = places // flat.shape[1], places % flat.shape[1]
+        turns = _turns_at(at, column)
+        late = places[turns <= _column([max(t, 0) for t in last], turns)[row, 0]]
+        return late if isinstance(late, Tensor) else _tensor(late)
 
 
-def _shrunk(row: Tensor, key: Key) -> Tensor:
+def _shrunk(row: Tensor, key: Key, out: Tensor | None) -> Tensor:
     """Magnitudes below the key's set to zero: one pass without a mask."""
     if key == NOTHING:
-        return torch.zeros_like(row)
+        return torch.zeros_like(row) if out is None else out.zero_()
     bits, floats = (np.uint64, np.float64) if row.dtype == torch.float64 else (np.uint32, np.float32)
     below = float(bits(key.bits - 1).view(floats)) if key.bits else -1.0
-    return torch.nn.functional.hardshrink(row, below)  # keeps what is strictly larger
+    return torch.hardshrink(row, below, out=out)  # keeps what is strictly larger
 
 
 def masked(x: Tensor, keep: Any) -> Tensor:
@@ -147,6 +157,19 @@ def turns_of(at: Place, count: int, device: torch.device) -> Any:
     return (torch.arange(count, device=device) * TURN + first) & LOW
 
 
+def _turns_at(at: Place, places: Any) -> Any:
+    """The turns of some entries of a block."""
+    first = (at.start * TURN + at.key) & LOW
+    if isinstance(places, Tensor):
+        return (places * TURN + first) & LOW
+    return places.astype(np.uint32) * np.uint32(TURN) + np.uint32(first)
+
+
+def _nonzero(mask: Any) -> Any:
+    """Where a mask is true, flat indices, int64."""
+    return mask.reshape(-1).nonzero()[:, 0] if isinstance(mask, Tensor) else np.flatnonzero(mask)
+
+
 @lru_cache(maxsize=8)
 def _multiples(count: int) -> Any:
     return np.arange(count, dtype=np.uint32) * np.uint32(TURN)
@@ -202,33 +225,53 @@ def _inside(
     stack: Tensor, at: Place, brackets: Sequence["Bracket | None"], equals: Sequence[int | None]
 ) -> list[Inside | None]:
     """For each vector with a bracket, what of a block is above and inside it."""
-    rows = zip(stack, brackets, equals, strict=True)
-    return [None if bracket is None else _bracketed(row, at, bracket, equal) for row, bracket, equal in rows]
+    rows = [i for i, bracket in enumerate(brackets) if bracket is not None]
+    asked = [cast("Bracket", brackets[i]) for i in rows]
+    own = stack if len(rows) == len(stack) else stack[rows]
+    mags = magnitudes(own)
+    if own.dtype == torch.float32 and not isinstance(mags, Tensor) and all(equals[i] is None for i in rows):
+        found = _bracketed_rows(mags, at, asked)
+    else:
+        found = [_bracketed(x, at, bracket, equals[i]) for i, x, bracket in zip(rows, own, asked, strict=True)]
+    told = dict(zip(rows, found, strict=True))
+    return [told.get(i) for i in range(len(stack))]
+
+
+def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list[Inside]:
+    """Of float32 on the CPU: most entries are above or below by their magnitudes alone, found in few long calls."""
+    _check_finite(mags, 0x7F800000)
+    larger = mags > _column([bracket.high >> 32 for bracket in brackets], mags)
+    near = mags >= _column([bracket.low >> 32 for bracket in brackets], mags)
+    near ^= larger
+    places = np.flatnonzero(near)
+    ends = np.searchsorted(places, np.arange(1, len(mags) + 1) * mags.shape[1])
+    found: list[Inside] = []
+    begin = 0
+    for row, above, bracket, end in zip(mags, larger, brackets, ends, strict=True):
+        columns = places[begin:end] - len(found) * mags.shape[1]
+        keys = (row[columns].astype(np.uint64) << np.uint64(32)) | _turns_at(at, columns)
+        found.append(_counted(keys, int(np.count_nonzero(above)), at, bracket, wide=False))
+        begin = end
+    return found
 
 
 def _bracketed(row: Tensor, at: Place, bracket: "Bracket", equal: int | None) -> Inside:
+    wide = row.dtype == torch.float64
+    _check_finite(magnitudes(row), 0x7FF0000000000000 if wide else 0x7F800000)
+    return _counted(_keys(row, at, equal), 0, at, bracket, wide=wide)
+
+
+def _counted(keys: Any, above: int, at: Place, bracket: "Bracket", *, wide: bool) -> Inside:
+    """What of some keys is above and inside a bracket, beside so many that are above anyway."""
     low, high, step = bracket
-    above, keys = 0, None
-    if row.device.type == "cpu" and row.dtype == torch.float32 and equal is None:
-        # most entries are above or below by their magnitudes alone
-        mags = magnitudes(row)
-        _check_finite(mags, 0x7F800000)
-        larger = mags > np.uint32(high >> 32)
-        places = np.flatnonzero((mags >= np.uint32(low >> 32)) ^ larger)
-        above = int(np.count_nonzero(larger))
-        turns = places.astype(np.uint32) * np.uint32(TURN) + np.uint32((at.start * TURN + at.key) & LOW)
-        keys = (mags[places].astype(np.uint64) << np.uint64(32)) | turns
-    else:
-        _check_finite(magnitudes(row), 0x7FF0000000000000 if row.dtype == torch.float64 else 0x7F800000)
-        keys = _keys(row, at, equal)
     larger, least = keys > high, keys >= low
     inside = least & ~larger
     chosen = None if low == high else _on_host(keys[inside][::step])
-    return Inside(above + int(larger.sum()), int(inside.sum()), chosen, at.key, row.dtype == torch.float64)
+    return Inside(above + int(larger.sum()), int(inside.sum()), chosen, at.key, wide)
 
 
 def _check_finite(mags: Any, infinity: int) -> None:
-    if len(mags) and int(mags.max()) >= infinity:
+    if (mags.numel() if isinstance(mags, Tensor) else mags.size) and int(mags.max()) >= infinity:
         raise NonFiniteError("NaN or inf: no statistic can be taken")
 
 

@@ -6,15 +6,15 @@ computes what several vectors share only once.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import reduce, wraps
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..errors import MismatchError
+from ..errors import MismatchError, RuleError
 
 __all__ = [
     "Derived",
@@ -27,8 +27,12 @@ __all__ = [
     "Spec",
     "elementwise",
     "joined",
+    "remembered",
     "renamed",
 ]
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Source")
 
 
 class Spec(NamedTuple):
@@ -58,6 +62,20 @@ def spec_of(x: Tensor) -> Spec:
     return Spec(tuple(x.shape), x.dtype)
 
 
+def remembered(method: Callable[[S, str], T]) -> Callable[[S, str], T]:
+    """Ask a source once for what it says of each name: blocks are many, and the way to the files is long."""
+
+    @wraps(method)
+    def asked(self: S, name: str) -> T:
+        known = self.__dict__.setdefault("_known", {})
+        place = method.__qualname__, name
+        if place not in known:
+            known[place] = method(self, name)
+        return known[place]
+
+    return asked
+
+
 class Source:
     """Tensors that can be read in flat blocks.
 
@@ -73,10 +91,21 @@ class Source:
         """The flat entries `[pull.start, pull.stop)` of the tensor `pull.name`."""
         raise NotImplementedError
 
+    def into(self, pull: "Pull", out: Tensor) -> None:
+        """Write the block into given memory, `(pull.stop - pull.start,)` of any dtype."""
+        block, dtype = self.block(pull), self.specs[pull.name].dtype
+        if block.dtype != dtype or block.shape != out.shape:
+            raise RuleError(
+                f"{pull.name!r} must be {out.numel()} entries of {dtype} at {pull.start}; got {tuple(block.shape)} of "
+                f"{block.dtype}"
+            )
+        out.copy_(block.detach())
+
     def parts(self, name: str) -> Sequence[tuple["Source", str]]:
         """The tensors, of its sources, that one tensor is made of."""
         return [(source, name) for source in self.sources]
 
+    @remembered
     def device(self, name: str) -> torch.device:
         """The device on which a tensor lies.
 
@@ -89,6 +118,7 @@ class Source:
             raise MismatchError(f"{name!r} lies on {places}; say where to compute with device=, or move them with to()")
         return found.pop()
 
+    @remembered
     def grain(self, name: str) -> int:
         """Blocks that begin and end at multiples of this (or at the end) compute nothing twice."""
         return max([1, *(source.grain(own) for source, own in self.parts(name))])
@@ -114,7 +144,7 @@ class Source:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_hash"}  # hashes differ by process
+        return {k: value for k, value in self.__dict__.items() if k not in ("_hash", "_known")}  # hashes differ there
 
 
 class Pull:
@@ -166,16 +196,28 @@ class Pull:
         source = self.same[id(source)]
         found = self._seen.get(id(source))
         if found is None:
-            found = self._seen[id(source)] = self._part_of_around(source)
+            found = self._seen[id(source)] = source.block(self) if self._computes(source) else self._cut(source)
         return found
 
-    def _part_of_around(self, source: Source) -> Tensor:
-        """The block: cut from the one that this is a part of, where computing it alone would compute more."""
+    def into(self, source: Source, out: Tensor) -> None:
+        """Write the block of a source, which nothing else needs, into given memory, `(stop - start,)` of any dtype."""
+        source = self.same[id(source)]
+        if id(source) not in self._seen and self._computes(source):
+            source.into(self, out)
+        else:
+            out.copy_(self(source).detach())
+
+    def _computes(self, source: Source) -> bool:
+        """Whether the block is computed, not cut from the one that this is a part of: where that computes no more."""
         around = self._around
-        if around is None or not around.start <= self.start <= self.stop <= around.stop:
-            return source.block(self)
-        if source.grain(self.name) <= self.stop - self.start:
-            return source.block(self)
+        return (
+            around is None
+            or not around.start <= self.start <= self.stop <= around.stop
+            or source.grain(self.name) <= self.stop - self.start
+        )
+
+    def _cut(self, source: Source) -> Tensor:
+        around = cast("Pull", self._around)
         return around(source)[self.start - around.start : self.stop - around.start]
 
 
@@ -240,7 +282,7 @@ class Derived(Source):
     """`f(*blocks, *args)`, entry by entry, of sources with the same names and shapes.
 
     Args:
-        f: a module-level function of flat tensors; it returns a new one.
+        f: a module-level function of flat tensors; it returns a new one, or `out` where that is given, if it takes it.
         sources: at least one.
         args: further arguments.
         dtypes: name -> dtype of the result; by default what the sources' promote to.
@@ -256,6 +298,7 @@ class Derived(Source):
         device: torch.device | None = None,
     ) -> None:
         self.f, self.sources, self.args, self._device = f, tuple(sources), args, device
+        self._takes_out = "out" in (getattr(f, "__kwdefaults__", None) or ())
         self.specs = {
             name: Spec(spec.shape, dtypes[name] if dtypes else widest(source.specs[name].dtype for source in sources))
             for name, spec in sources[0].specs.items()
@@ -264,6 +307,13 @@ class Derived(Source):
     @override
     def block(self, pull: Pull) -> Tensor:
         return self.f(*[pull(source) for source in self.sources], *self.args)
+
+    @override
+    def into(self, pull: Pull, out: Tensor) -> None:
+        if self._takes_out and out.dtype == self.specs[pull.name].dtype and out.device == self.device(pull.name):
+            self.f(*[pull(source) for source in self.sources], *self.args, out=out)
+        else:
+            super().into(pull, out)
 
     @override
     def device(self, name: str) -> torch.device:

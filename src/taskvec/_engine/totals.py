@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator
 from math import isfinite
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,11 +90,12 @@ def pair_dots(stack: Tensor, at: Place) -> list[float]:
     del at
     n = len(stack)
     rows = stack.detach().reshape(n, -1)
-    total = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
+    upper = torch.zeros(n * (n + 1) // 2, dtype=torch.float64, device=stack.device)
     for start in range(0, rows.shape[1], COLUMNS):
         wide = rows[:, start : start + COLUMNS].to(torch.float64)
-        for i in range(n):
-            total[i, i:] += torch.mv(wide[i:], wide[i])
+        upper += torch.cat([torch.mv(wide[i:], wide[i]) for i in range(n)])
+    total = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
+    total[torch.triu_indices(n, n, device=stack.device).unbind()] = upper
     # plain numbers: small tensors that are kept among big temporaries fragment the memory
     numbers = numbers_in((total + total.triu(1).T).reshape(-1))
     if not all(map(isfinite, numbers)):
@@ -102,7 +104,7 @@ def pair_dots(stack: Tensor, at: Place) -> list[float]:
 
 
 def sum64(x: Tensor) -> Tensor:
-    """Sum in float64 over runs so short that torch does not split them among threads.
+    """Sum in float64, with the same bits whatever the number of threads.
 
     Args:
         x: any tensor.
@@ -118,13 +120,14 @@ def sum64(x: Tensor) -> Tensor:
         >>> sum64(torch.tensor([1.0, 2.5]))
         tensor(3.5000, dtype=torch.float64)
     """
-    flat = x.reshape(-1)
-    total = flat.new_zeros((), dtype=torch.float64)
-    for start in range(0, len(flat), SHORT):
-        total += flat[start : start + SHORT].sum(dtype=torch.float64)
-    if not bool(total.isfinite()):
+    flat = x.detach().reshape(-1)
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):  # numpy has one thread
+        total = float(np.add.reduce(flat.numpy(), dtype=np.float64))
+    else:
+        total = sum(float(flat[i : i + SHORT].sum(dtype=torch.float64)) for i in range(0, flat.shape[0], SHORT))
+    if not isfinite(total):
         raise NonFiniteError("NaN or inf: no statistic can be taken")
-    return total
+    return torch.tensor(total, dtype=torch.float64, device=x.device)
 
 
 def numbers_in(x: Tensor) -> list[float]:

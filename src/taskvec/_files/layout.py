@@ -7,15 +7,14 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import torch
-from torch import Tensor
-
+from .._engine.buffers import give_back, take
+from .._engine.run import Fill
 from .._engine.sources import Spec
-from ..errors import DtypeError, RangeError, RuleError
+from ..errors import DtypeError, RangeError
 from .format import DTYPES
 
 __all__ = ["Layout", "Writer", "Written", "lay_out", "put", "read_back", "shard_files"]
@@ -153,35 +152,22 @@ class Writer:
 
     def __init__(self, folder: Path, layout: Layout, specs: Mapping[str, Spec]) -> None:
         self.folder, self.places = folder, layout.places
-        self.limits = {name: (spec.entries, spec.dtype) for name, spec in specs.items()}
+        self.dtypes = {name: spec.dtype for name, spec in specs.items()}
 
-    def __call__(self, name: str, start: int, blocks: Iterator[Tensor]) -> Written:
+    def __call__(self, name: str, start: int, stop: int, fill: Fill) -> Written:
         file, begin = self.places[name]
-        entries, dtype = self.limits[name]
-        checksum, at = 0, start
+        dtype = self.dtypes[name]
+        raw = take((stop - start) * dtype.itemsize)
+        fill(raw.view(dtype))
+        data = memoryview(cast("Any", raw.numpy()))
         descriptor = os.open(self.folder / file, os.O_WRONLY | getattr(os, "O_BINARY", 0))
         try:
-            for block in blocks:
-                if block.dtype != dtype or at + len(block) > entries:
-                    raise RuleError(
-                        f"{name!r} must be {entries} entries of {dtype}; got {len(block)} of {block.dtype} at {at}"
-                    )
-                data = _raw(block)
-                put(descriptor, data, begin + at * dtype.itemsize)
-                checksum = zlib.crc32(data, checksum)
-                at += len(block)
+            put(descriptor, data, begin + start * dtype.itemsize)
         finally:
             os.close(descriptor)
-        return Written(name, start, at, checksum)
-
-
-def _raw(block: Tensor) -> memoryview:
-    """The bytes of a block."""
-    block = block.detach().cpu()
-    if block.stride() != (1,):  # one entry of a tensor with gaps counts as contiguous, and has no bytes to view
-        block = torch.empty(len(block), dtype=block.dtype, device="cpu").copy_(block)
-    found: Any = block.view(torch.uint8).numpy()
-    return memoryview(found)
+        checksum = zlib.crc32(data)
+        give_back([raw])
+        return Written(name, start, stop, checksum)
 
 
 _SEEKING = threading.Lock()  # where there is no pwrite

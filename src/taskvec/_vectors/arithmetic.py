@@ -32,25 +32,29 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.float32) if x.dtype in HALF else x
 
 
-def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
     """`tuned - base`, detached, in a dtype, or the wider one's and at least float32."""
     a, b = base.detach(), tuned.detach()
-    if dtype is not None:
-        return b.to(dtype) - a.to(dtype)
-    if b.dtype in HALF and a.dtype in (torch.float32, *HALF):
-        return b.to(torch.float32).sub_(wide(a))  # of its own memory, which halves the time
-    return wide(b) - wide(a)
+    if dtype is None:
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if out is None:
+        out = torch.empty(b.shape, dtype=dtype, device=b.device)
+    return out.copy_(b).sub_(a.to(dtype))
 
 
-def applied(old: Tensor, delta: Tensor, scale: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def applied(
+    old: Tensor, delta: Tensor, scale: float | Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """`old + delta * scale`, rounded once, to a dtype, by default the old's."""
     wide = torch.float64 if torch.float64 in (old.dtype, delta.dtype) else torch.float32
-    return (delta.to(wide) * scale).add_(old.to(wide)).to(dtype or old.dtype)
+    old_, delta_ = old.to(wide), delta.to(wide)
+    found = (delta_ * scale).add_(old_) if isinstance(scale, Tensor) else torch.add(old_, delta_, alpha=scale)
+    return found.to(dtype or old.dtype) if out is None else out.copy_(found)
 
 
-def plus(x: Tensor, y: Tensor, *more: Tensor) -> Tensor:
+def plus(x: Tensor, y: Tensor, *more: Tensor, out: Tensor | None = None) -> Tensor:
     """`x + y`, and more of the same dtype one after the other."""
-    result = x + y
+    result = torch.add(x, y, out=out)
     for z in more:
         result += z
     return result
@@ -124,6 +128,15 @@ class Applied(Source):
         own = self.names[pull.name]
         old, delta = pull(self.wide_base), pull.under(own)(vector)
         return applied(old, delta, self.scales[own], self.specs[pull.name].dtype)
+
+    @override
+    def into(self, pull: Pull, out: Tensor) -> None:
+        base, _, vector = self.sources
+        if pull.name not in self.names:
+            pull.into(base, out)
+            return
+        own = self.names[pull.name]
+        applied(pull(self.wide_base), pull.under(own)(vector), self.scales[own], out=out)
 
     @override
     def parts(self, name: str) -> Sequence[tuple[Source, str]]:

@@ -37,11 +37,11 @@ def mean(stack: Tensor, weights: Sequence[float] | None = None) -> Tensor:
         [Wortsman et al., Model soups, 2022](https://arxiv.org/abs/2203.05482)
     """
     if weights is None:
-        return total(stack) / len(stack)
+        return total(stack).div_(len(stack))
     scale = sum(check_weights(weights, len(stack)))
     if scale == 0:
         raise DegenerateError(f"weights {list(weights)} sum to zero: no mean; weighted() takes their sum as it is")
-    return weighted(stack, weights) / scale
+    return weighted(stack, weights).div_(scale)
 
 
 @runs("element")
@@ -90,8 +90,13 @@ def weighted(stack: Tensor, weights: Sequence[float]) -> Tensor:
     first, *rest = check_weights(weights, len(stack))
     result = stack[0] * first
     for x, weight in zip(stack[1:], rest, strict=True):
-        result += x * weight
+        result += x * weight  # not add_(x, alpha=weight), which is fused and has other bits than every peer's
     return result
+
+
+def added(stack: Tensor, factors: Sequence[float]) -> Tensor:
+    """The sum of the vectors times their factors; ones cost nothing."""
+    return total(stack) if all(factor == 1 for factor in factors) else weighted(stack, factors)
 
 
 def check_weights(weights: Sequence[float], n: int) -> list[float]:

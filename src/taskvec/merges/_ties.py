@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from .._engine.pieces import HERE, Place
-from .._engine.select import EVERYTHING, Count, Cuts
+from .._engine.select import EVERYTHING, Count, Cuts, masked
 from .._engine.totals import over
 from ..errors import RangeError
 from ..rules import Scope, runs
-from ..signs import By, Vectors, Zero, elected, sign, votes
+from ..signs import By, Zero, elected, sign, votes
 from ..sparsify import Passes, topk, topk_cuts
-from ._sums import factors_of
+from ._sums import added, factors_of, total
 
 __all__ = ["disjoint_mean", "ties"]
 
@@ -56,23 +56,19 @@ def disjoint_mean(
 
 
 def _disjoint(
-    vectors: Vectors, signs: Tensor, factors: Sequence[float], shares: Sequence[float], reduce: Reduce
+    stack: Tensor, signs: Tensor, factors: Sequence[float], shares: Sequence[float], reduce: Reduce
 ) -> Tensor:
     """Sum `factor * x` over those that agree; a weighted mean divides by the sum of their shares."""
     if reduce not in ("mean", "sum", "weighted_mean"):
         raise RangeError(f"reduce must be 'mean', 'sum' or 'weighted_mean'; got {reduce!r}")
-    result, agreeing = torch.zeros_like(signs), torch.zeros_like(signs)
-    for x, factor, share in zip(vectors, factors, shares, strict=True):
-        along = (x * signs).clamp_(min=0)  # positive where x agrees; no masks, which cost more
-        result += along if factor == 1 else along * factor
-        if reduce != "sum":
-            voters = along.sign_()
-            agreeing += voters if reduce == "mean" else voters * share
+    along = (stack * signs).clamp_(min=0)  # positive where a vector agrees; no masks, which cost more
+    result = added(along, factors)
     if reduce == "mean":
-        result /= agreeing.clamp_(min=1)
+        result /= total(along.sign_()).clamp_(min=1)
     elif reduce == "weighted_mean":
-        result = torch.where(agreeing == 0, 0.0, result / agreeing)
-    return result * signs
+        agreeing = added(along.sign_(), shares)
+        result = masked(result.div_(agreeing), agreeing != 0)
+    return result.mul_(signs)
 
 
 def _votes_of_trimmed(stack: Tensor, at: Place, cuts: Cuts, factors: Sequence[float] | None, by: By) -> float:
@@ -148,7 +144,7 @@ def ties(
         raise RangeError("scope must be 'global' or 'tensor' with zero='majority'; got 'row'")
     if scope == "row":
         cuts = Cuts((EVERYTHING,) * n)
-        trimmed: Vectors = _weighed([topk(x, density, scope=scope, count=count, at=at) for x in stack], voting)
+        trimmed = _weighed(torch.stack([topk(x, density, scope=scope, count=count, at=at) for x in stack]), voting)
     else:
         cuts = at.take(topk_cuts, stack, density, count)
         everything = all(key == EVERYTHING for key in cuts.keys)
@@ -158,5 +154,7 @@ def ties(
     return _disjoint(trimmed, signs, [1.0] * n if weighted_vote else factors, factors, reduce)
 
 
-def _weighed(vectors: Vectors, factors: Sequence[float] | None) -> Vectors:
-    return vectors if factors is None else [x * factor for x, factor in zip(vectors, factors, strict=True)]
+def _weighed(stack: Tensor, factors: Sequence[float] | None) -> Tensor:
+    if factors is None:
+        return stack
+    return torch.stack([x * factor for x, factor in zip(stack, factors, strict=True)])
