@@ -244,7 +244,7 @@ def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list
     near = mags >= _column([bracket.low >> 32 for bracket in brackets], mags)
     near ^= larger
     places = np.flatnonzero(near)
-    ends = np.searchsorted(places, np.arange(1, len(mags) + 1) * mags.shape[1])
+    ends: list[int] = np.searchsorted(places, np.arange(1, len(mags) + 1) * mags.shape[1]).tolist()
     found: list[Inside] = []
     begin = 0
     for row, above, bracket, end in zip(mags, larger, brackets, ends, strict=True):
