@@ -15,8 +15,24 @@ import torch
 from torch import Tensor
 
 from taskvec import TaskVector, merge, presets
-from taskvec.merges import magmax, mean, model_stock, slerp, ties, weighted
+from taskvec.merges import (
+    consensus_ta,
+    consensus_ties,
+    disjoint_mean,
+    karcher,
+    magmax,
+    mean,
+    model_stock,
+    nuslerp,
+    pcb,
+    sce,
+    slerp,
+    ties,
+    weighted,
+)
+from taskvec.per_task import emr, tall_masks
 from taskvec.rules import Place
+from taskvec.signs import elect
 from taskvec.sparsify import band, drop, rank_drop, topk
 
 FOLDER = Path(__file__).parent / "golden"
@@ -130,20 +146,50 @@ def second_of(vectors: Vectors, a: Arguments) -> TaskVector:
 
 
 def stock(vectors: Vectors, a: Arguments) -> Any:
-    """Filter by filter is the same rule on the rows under names of their own."""
+    """Filters are along the last dimension there and along the first here: the convolution is made a matrix of them."""
     if not a["filter_wise"]:
-        return merge(vectors, model_stock)
-    rows = [TaskVector({f"{name}/{i}": row for name, x in v.items() for i, row in rows_of(x)}) for v in vectors]
-    merged = merge(rows, model_stock)
-    return {
-        name: torch.stack([merged[f"{name}/{i}"] for i, _ in rows_of(x)]).reshape(x.shape)
-        for name, x in vectors[0].items()
-    }
+        return merge(vectors, presets.model_stock_mergekit)
+    rows = [TaskVector({name: x.flatten(0, -2) if x.ndim > 1 else x for name, x in v.items()}) for v in vectors]
+    merged = merge(rows, presets.model_stock_mergekit, scope="row")
+    return {name: merged[name].reshape(x.shape) for name, x in vectors[0].items()}
 
 
 def rows_of(x: Tensor) -> list[tuple[int, Tensor]]:
     """mergekit's filters are along the last dimension."""
     return list(enumerate(x.flatten(0, -2) if x.ndim > 1 else x[None]))
+
+
+ELEMENTWISE: dict[str, Callable[[Vectors, Arguments], Any]] = {
+    "pcb": lambda vectors, a: merge(vectors, pcb, density=a["pcb_ratio"]),
+    "consensus_ta": lambda vectors, a: merge(vectors, consensus_ta, **masks_of(a)),
+    "consensus_ties": lambda vectors, a: merge(vectors, consensus_ties, density=a["K"] / 100, **masks_of(a)),
+    "sce": lambda vectors, a: merge(vectors, sce, density=a["select_topk"]),
+    "karcher": lambda vectors, _: merge(vectors, karcher),
+    "ties": lambda vectors, a: ties_mergekit(vectors, a | {"consensus_method": "sum", "normalize": True}),
+    "nuslerp": lambda vectors, a: (
+        merge(vectors, nuslerp, weights=a["weight"])
+        if a["nuslerp_flatten"]
+        else {name: nuslerp_by_row(vectors, name, a) for name in vectors[0]}
+    ),
+}
+
+
+def masks_of(a: Arguments) -> Arguments:
+    return {"threshold": a["tall_mask_lambda"], "tasks": a["prun_thre_k"]}
+
+
+def elementwise(vectors: Vectors, a: Arguments) -> Any:
+    """Everything in elementwise.json that is one merge."""
+    return ELEMENTWISE[a["method"]](vectors, a)
+
+
+def nuslerp_by_row(vectors: Vectors, name: str, a: Arguments) -> Tensor:
+    """Their rows are along the last dimension, or with `nuslerp_row_wise` along the first."""
+    first = bool(a.get("nuslerp_row_wise"))
+    turned = [v[name].transpose(0, -1) if first else v[name] for v in vectors]
+    rows = torch.stack([x.flatten(0, -2) if x.ndim > 1 else x for x in turned])
+    found = nuslerp(rows, a["weight"], scope="row").reshape(turned[0].shape)
+    return found.transpose(0, -1) if first else found
 
 
 BITS, NEAR = True, False
@@ -164,6 +210,12 @@ AGREE: list[tuple[str, Callable[[Vectors, Arguments], Any], bool, set[str]]] = [
         stock,
         NEAR,
         {"distinct-mergekit", "agreeing-fusion_bench", "distinct-fusion_bench", "agreeing-mergekit-filter_wise"},
+    ),
+    (
+        "elementwise",
+        elementwise,
+        NEAR,
+        {name for name in cases_of("elementwise") if name.startswith(("tall", "emr")) or name.endswith("tiny")},
     ),
 ]
 MASKED = ("dare", "della")  # run with their own masks, below
@@ -295,6 +347,37 @@ def cosines(vectors: Vectors, tensor: str) -> list[float]:
 
 def stock_factor(cosine: float) -> float:
     return 3 * cosine / (1 + 2 * cosine)
+
+
+@pytest.mark.parametrize("name", [name for name in cases_of("elementwise") if name.startswith("tall")])
+def test_tall_masks_are_the_authors_own(name):
+    case = golden("elementwise", name)
+    found = tall_masks(case.vectors, case.arguments["tall_mask_lambda"])
+    for vector, masks in zip(found, case.extra["masks"], strict=True):
+        wanted = {name: x * torch.tensor(masks[name]).reshape(x.shape) for name, x in case.output.items()}
+        assert apart(vector, wanted, bits=False) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in cases_of("elementwise") if name.startswith("emr")])
+def test_emr_has_the_factors_of_one_of_the_authors_files(name):
+    """In the others a tensor counts as much as any, however small it is."""
+    case = golden("elementwise", name)
+    factors = list(zip(case.extra["rescales_flat"], case.extra["rescales"], strict=True))
+    for vector, masks, (factor, other) in zip(emr(case.vectors), case.extra["masks"], factors, strict=True):
+        kept = {name: x * torch.tensor(masks[name]).reshape(x.shape) for name, x in case.output.items()}
+        assert apart(vector, {name: x * factor for name, x in kept.items()}, bits=False) == {}
+        assert abs(factor - other) > 0.02
+
+
+@pytest.mark.parametrize("name", [name for name in cases_of("elementwise") if name.endswith("tiny")])
+def test_sce_of_small_vectors_has_equal_weights_in_mergekit(name):
+    """Where mean squares add up to less than 1e-6, as those of most fine-tunes do."""
+    case = golden("elementwise", name)
+    vectors = [v * case.arguments["factor"] for v in case.vectors]
+    signs = merge(vectors, elect, zero="positive")
+    assert apart(merge(vectors, sce), case.output, bits=False) != {}
+    equal = {key: disjoint_mean(torch.stack([v[key] for v in vectors]), signs[key]) for key in signs}
+    assert apart({k: x * 1e4 for k, x in equal.items()}, {k: x * 1e4 for k, x in case.output.items()}, bits=False) == {}
 
 
 # Random drops: their draws were replaced by the stored masks, and so are ours

@@ -51,6 +51,7 @@ FLOORS = [
     ],
     [
         *("merges._sums", "merges._ties", "merges._masks", "merges._choice", "merges._sphere", "merges._regmean"),
+        *("merges._localized", "merges._balance"),
         *("merges._matrices", "merges._lowrank", "merges._shared_basis", "merges._solved"),
         "merges",
         *("_files.format", "_files.paths", "_files.safetensors", "_files.precheck", "_files.pickles"),
@@ -70,7 +71,7 @@ FLOORS = [
         "testing",
     ],
     [
-        "presets",
+        *("presets", "per_task", "schedules", "rebase"),
         *("attacks.triggers._patch", "attacks.triggers._whole", "attacks.triggers._text", "attacks.triggers"),
         *(
             "attacks._sparse",

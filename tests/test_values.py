@@ -49,7 +49,8 @@ def sign(x: float) -> int:
 
 
 def number(density: float, n: int, count: str) -> int:
-    return {"round": round(density * n), "floor": int(density * n), "reference": int(density * n) + 1}[count]
+    floor = int(density * n)
+    return {"round": round(density * n), "floor": floor, "at_least_one": max(floor, 1), "reference": floor + 1}[count]
 
 
 # leaves
@@ -207,11 +208,88 @@ def model_stock(stack: list[Rows]) -> Rows:
     return [[t * x for x in row] for row in mean(stack)]
 
 
+def consensus_ta(stack: list[Rows], threshold: Any = 0.4, tasks: int = 2, merged: Rows | None = None) -> Rows:
+    limits = threshold if isinstance(threshold, list) else [threshold] * len(stack)
+
+    def needed(values: list[float]) -> float:
+        m, *xs = values
+        return m if sum(abs(x) > by * abs(m - x) for x, by in zip(xs, limits, strict=True)) >= tasks else 0
+
+    return by_entry(needed, [merged or weighted(stack), *stack])
+
+
+def consensus_ties(
+    stack: list[Rows], density: float, tasks: int = 2, zero: str = "majority", count: str = "reference", **trim: str
+) -> Rows:
+    return consensus_ta(stack, 0.4, tasks, ties(stack, density, reduce="sum", zero=zero, count=count, **trim))
+
+
+def localize_and_stitch(stack: list[Rows], density: float, **trim: str) -> Rows:
+    kept = [topk(rows, density, **trim) for rows in stack]
+    return by_entry(lambda values: sum(values) / max(1, sum(x != 0 for x in values)), kept)
+
+
+def between(x: float, low: float, high: float) -> float:
+    return (min(max(x, low), high) - low) / (high - low) if high > low else 0
+
+
+def pcb(stack: list[Rows], density: float, clamp: float = 1e-4) -> Rows:
+    summed, shares, clamped = flat(weighted(stack)), [], []
+    for values in map(flat, stack):
+        m, n = sorted(map(abs, values)), len(values)
+        low, high = m[int(n * clamp)], m[int(n * (1 - clamp) - 1)]
+        own = [between(abs(x), low, high) for x in values]
+        scores = [math.exp(len(stack) * s * s) * math.tanh(x * y) for s, x, y in zip(own, values, summed, strict=True)]
+        shares.append([between(s, max(0.0, sorted(scores)[int(n * (1 - density))]), max(scores)) for s in scores])
+        clamped.append([sign(x) * (low + s * (high - low)) for x, s in zip(values, own, strict=True)])
+    places = zip(zip(*shares, strict=True), zip(*clamped, strict=True), strict=True)
+    merged = [sum(b * x for b, x in zip(bs, xs, strict=True)) / max(sum(bs), 1e-12) for bs, xs in places]
+    return shaped(merged, stack[0])
+
+
+def variance(values: list[float]) -> float:
+    middle = sum(values) / len(values)
+    return sum((x - middle) ** 2 for x in values) / len(values)
+
+
+def sce(stack: list[Rows], density: float = 1.0) -> Rows:
+    spread = by_entry(variance, stack)
+    varying = sum(x > 0 for x in flat(spread))
+    kept = topk(spread, (int(density * varying) + 0.5) / len(flat(spread)), count="floor")
+    chosen = [by_entry(lambda pair: pair[0] if pair[1] or density == 1 else 0, [rows, kept]) for rows in stack]
+    energies = [dot(rows, rows) for rows in chosen]
+    return disjoint_mean(chosen, elect(chosen, zero="positive"), "weighted_mean", energies)
+
+
+def nuslerp(stack: list[Rows], weights: Sequence[float]) -> Rows:
+    return slerp(stack, weights[1] / sum(weights))
+
+
+def karcher(stack: list[Rows], weights: Sequence[float] | None = None) -> Rows:
+    """Steps along the mean of the arcs, as vectors."""
+    shares = [w / sum(weights or [1] * len(stack)) for w in weights or [1] * len(stack)]
+    units = [weighted([rows], [1 / math.sqrt(dot(rows, rows))]) for rows in stack]
+    u = weighted(units, shares)
+    for _ in range(200):
+        u = weighted([u], [1 / math.sqrt(dot(u, u))])
+        angles = [math.acos(max(-1.0, min(1.0, dot(u, unit)))) for unit in units]
+        pulls = [w * (a / math.sin(a) if a > 1e-9 else 1) for w, a in zip(shares, angles, strict=True)]
+        arcs = weighted([*units, u], [*pulls, -sum(p * math.cos(a) for p, a in zip(pulls, angles, strict=True))])
+        u = weighted([u, arcs], [1, 1])
+    return weighted([u], [sum(w * math.sqrt(dot(rows, rows)) for w, rows in zip(shares, stack, strict=True))])
+
+
+def row_by_row(naive: Naive) -> Naive:
+    """The same of each row by itself."""
+    return lambda stack, **options: [naive([[row] for row in rows], **options)[0] for rows in zip(*stack, strict=True)]
+
+
 LOOPS: dict[str, Naive] = {
     f.__name__: f
     for f in [
         *(topk, above, band, drop, rank_drop, elect, agreement, consistent, mean, weighted, disjoint_mean),
         *(ties, dare, breadcrumbs, della, magmax, consensus, slerp, model_stock),
+        *(consensus_ta, consensus_ties, localize_and_stitch, pcb, sce, nuslerp, karcher),
     ]
 } | {
     "total": weighted,
@@ -253,6 +331,8 @@ def loop(row: Row, stack: list[dict[str, Tensor]], names: Sequence[str], places:
         return [line for bits in drawn for line in rows_of((bits + 2**31) / 2**32)]
 
     naive = LOOPS[row.name]
+    if row.name in ("slerp", "nuslerp", "karcher", "model_stock") and row.options.get("scope") == "row":
+        naive = row_by_row(naive)
     options = dict(row.options) | ({"uniforms": uniforms} if "seed" in row.options else {})
     if not {"count", "reduce"} & set(inspect.signature(row.function).parameters) or row.name in ("elect", "consensus"):
         options.pop("scope", None)

@@ -14,8 +14,11 @@ from . import defenses as defenses
 from . import errors as errors
 from . import merges as merges
 from . import metrics as metrics
+from . import per_task as per_task
 from . import presets as presets
+from . import rebase as rebase
 from . import rules as rules
+from . import schedules as schedules
 from . import signs as signs
 from . import sparsify as sparsify
 from ._files.load import load as load
@@ -43,12 +46,15 @@ __all__ = [
     "merges",
     "metrics",
     "peak_memory",
+    "per_task",
     "presets",
+    "rebase",
     "rename",
     "rounding_loss",
     "rules",
     "save",
     "save_adapter",
+    "schedules",
     "select",
     "signs",
     "sparsify",

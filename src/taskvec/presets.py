@@ -10,12 +10,18 @@ The values they were checked against are in `tests/golden`.
 
 from functools import partial
 
-from .merges import breadcrumbs, dare, ties
+from .merges import breadcrumbs, dare, della, model_stock, pcb, regmean, ties
 
 __all__ = [
     "breadcrumbs_mergekit",
     "breadcrumbs_reference",
     "dare_mergekit",
+    "dare_paper",
+    "della_mergekit",
+    "della_paper",
+    "model_stock_mergekit",
+    "pcb_vision",
+    "regmean_badmerging",
     "ties_badmerging",
     "ties_mergekit",
     "ties_peft",
@@ -34,11 +40,10 @@ ties_peft = partial(ties, scope="tensor", count="floor", zero="positive")
 """PEFT: per tensor; zeros elect +; weights multiply after the election and the divisor is a count."""
 
 ties_mergekit = partial(
-    ties, scope="tensor", count="floor", zero="positive", weighted_vote=True, reduce="weighted_mean"
+    ties, scope="tensor", count="at_least_one", zero="positive", weighted_vote=True, reduce="weighted_mean"
 )
-"""mergekit: per tensor; zeros elect +; weights vote, and the divisor is the sum of those that agree. (mergekit keeps at
-least one entry of each tensor, and where the weights that agree sum to exactly 0 it divides by nothing; here the result
-is 0.)"""
+"""mergekit: per tensor, of which at least one entry is kept; zeros elect +; weights vote, and the divisor is the sum of
+those that agree. (Where the weights that agree sum to exactly 0 it divides by nothing; here the result is 0.)"""
 
 breadcrumbs_reference = partial(breadcrumbs, scope="row", count="floor")
 """The Model Breadcrumbs authors' code. Its rows are along the last dimension: the same as here for matrices and
@@ -48,8 +53,29 @@ breadcrumbs_mergekit = partial(breadcrumbs, scope="tensor", count="floor")
 """mergekit: per tensor. Where both fractions exceed the tensor together, it drops fewer outliers; here fewer are
 kept."""
 
+dare_paper = partial(dare, rescale="density")
+"""The DARE authors' code (MergeLM), and PEFT: survivors are divided by the density. The vectors are added up."""
+
 dare_mergekit = partial(dare, rescale="l1")
 """mergekit: the L1 norm of each tensor is restored, in place of dividing by the density."""
+
+della_paper = partial(della, rescale="density")
+"""The DELLA authors' code: survivors are divided by their own probability."""
+
+della_mergekit = partial(della, rescale="l1")
+"""mergekit: the L1 norm of each tensor is restored. Its epsilon is half the width of the window, which must not touch 0
+or 1; its weights vote and divide, as in its TIES: give those of equal weight, or map `rank_drop` and merge by
+`ties_mergekit`."""
+
+model_stock_mergekit = partial(model_stock, scope="tensor")
+"""mergekit: the mean of all pairs' cosines, tensor by tensor, or row by row (its `filter_wise`: `scope="row"`). It
+extrapolates backwards where the mean cosine is negative; here the result is 0 there."""
+
+regmean_badmerging = partial(regmean, off_diagonal=0.1)
+"""RegMean as BadMerging's code runs it: entries off the diagonal are multiplied by 0.1."""
+
+pcb_vision = partial(pcb, density=0.05, clamp=0.01)
+"""PCB as the authors' code for images runs it."""
 
 
 def __dir__() -> list[str]:  # completion shows what is public

@@ -55,8 +55,8 @@ def topk(x: Tensor, density: float, *, scope: Scope = "global", count: Count = "
         x: `(*shape)`, any float dtype.
         density: fraction kept, in [0, 1].
         scope: `"global"` over all names of the call (the TIES paper), `"tensor"`, or `"row"`.
-        count: `"round"`, `"floor"` (mergekit, PEFT) or `"reference"` (the original TIES code: a threshold, so one
-            more entry and all that are equal).
+        count: `"round"`, `"floor"` (PEFT), `"at_least_one"` (mergekit: floor, or one where that is none) or
+            `"reference"` (the original TIES code: a threshold, so one more entry and all that are equal).
 
     Returns:
         `(*shape)`, the dtype of `x`, zeros elsewhere.

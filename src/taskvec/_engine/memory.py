@@ -62,7 +62,7 @@ def _of_statistics(run: Run, names: Sequence[str]) -> Iterator[int]:
             own = [source.specs[name].entries for name in source.specs]
             entries = sum(own) if source.options.scope == "global" else max(own, default=0)
             sample = min(SAMPLE, ceil(entries ** (2 / 3)))
-            # a bracket of five standard deviations around a key of the sample; sorted and joined copies
+            # a bracket of four standard deviations and a margin around a key of the sample; sorted and joined copies
             held = min(HELD, entries, 10 * entries // max(1, 2 * int(sample**0.5)) + sample)
             overlapping = 1 if source.options.scope == "global" else min(len(names), 2)
             yield overlapping * len(source.sources) * 8 * 3 * (sample + held)

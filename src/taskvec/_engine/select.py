@@ -20,7 +20,7 @@ from .pieces import Look, Place, wide
 
 __all__ = ["Count", "Cuts", "check_density", "kept", "largest", "masked", "ranked_columns"]
 
-Count: TypeAlias = Literal["round", "floor", "reference"]
+Count: TypeAlias = Literal["round", "floor", "at_least_one", "reference"]
 """How a density becomes a number of entries: see `kept`."""
 
 Passes: TypeAlias = Generator[Look, list[Any], Any]
@@ -122,17 +122,20 @@ def kept(density: float, entries: int, count: Count = "round") -> int:
     Args:
         density: the fraction, in [0, 1].
         entries: how many there are.
-        count: `"round"`: Python's round; `"floor"`: towards zero (mergekit, PEFT); `"reference"`: one more than floor,
-            as in the original TIES code, whose threshold also keeps all that are equal to it.
+        count: `"round"`: Python's round; `"floor"`: towards zero (PEFT); `"at_least_one"`: the same, but one where that
+            is none (mergekit's TIES); `"reference"`: one more than floor, as in the original TIES code, whose threshold
+            also keeps all that are equal to it.
     """
     check_density(density)
     if count == "round":
         return round(density * entries)
     if count == "floor":
         return int(density * entries)
+    if count == "at_least_one":
+        return max(int(density * entries), 1 if density > 0 else 0)
     if count == "reference":
         return min(int(density * entries) + 1, entries)
-    raise RangeError(f"count must be 'round', 'floor' or 'reference'; got {count!r}")
+    raise RangeError(f"count must be 'round', 'floor', 'at_least_one' or 'reference'; got {count!r}")
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list
     near = mags >= _column([bracket.low >> 32 for bracket in brackets], mags)
     near ^= larger
     places = np.flatnonzero(near)
-    ends: list[int] = np.searchsorted(places, np.arange(1, len(mags) + 1) * mags.shape[1]).tolist()
+    ends = cast("list[int]", np.searchsorted(places, np.arange(1, len(mags) + 1) * mags.shape[1]).tolist())
     found: list[Inside] = []
     begin = 0
     for row, above, bracket, end in zip(mags, larger, brackets, ends, strict=True):
@@ -299,7 +302,7 @@ class Known(NamedTuple):
     sample: Any
     fraction: float
     total: int
-    width: float = 5.0
+    width: float = 4.0
     stuck: bool = False  # a bracket that cannot be narrowed: many keys are equal
 
     def bracket(self) -> Bracket:
@@ -353,7 +356,8 @@ def _ranked(parts: Sequence[Inside], rank: int, bracket: Bracket) -> Found | Kno
     if bracket.step > 1:
         return Known(np.sort(keys), (rank - above) / count, count)
     place = len(keys) - (rank - above)
-    key = np.partition(keys, place)[place]
+    keys.partition(place)
+    key = keys[place]
     names = [part.name for part in parts for _ in range(int(np.count_nonzero(part.keys == key)))]
     return Found(int(key), above + int(np.count_nonzero(keys > key)), len(names), names, parts[0].wide)
 

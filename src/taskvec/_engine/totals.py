@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, RangeError
 from .pieces import Look, Pieces, Place
 
-__all__ = ["gram", "lockstep", "numbers_in", "over", "sum64"]
+__all__ = ["gram", "lockstep", "numbers_in", "of", "over", "sum64"]
 
 SHORT = 1 << 15
 """The length up to which torch does not split an operation among threads, which would change the bits of a sum."""
@@ -75,6 +75,36 @@ def lockstep(*passes: Generator[Look, list[Any], Any]) -> Generator[Look, list[A
 
 def _all_of(stack: Tensor, at: Place, fs: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...]) -> list[Any]:
     return [f(stack, at, *args) for f, args in fs]
+
+
+def of(
+    transform: Callable[..., Tensor], args: tuple[Any, ...], passes: Generator[Look, list[Any], Any]
+) -> Generator[Look, list[Any], Any]:
+    """Take a statistic of `transform(stack_block, *args)` in place of the stack itself.
+
+    Args:
+        transform: a module-level function, entry by entry: `(n, m) -> (k, m)`.
+        args: further arguments of it.
+        passes: the statistic's.
+    """
+    found: Any = None
+    while True:
+        try:
+            look = passes.send(found)
+        except StopIteration as end:
+            return end.value
+        found = yield look._replace(f=_of, args=(transform, args, look.f, look.args))
+
+
+def _of(
+    stack: Tensor,
+    at: Place,
+    transform: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    f: Callable[..., Any],
+    own: tuple[Any, ...],
+) -> Any:
+    return f(transform(stack, *args), at, *own)
 
 
 def gram(n: int, entries: int) -> Generator[Look, list[Any], list[list[float]]]:

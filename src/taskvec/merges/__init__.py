@@ -4,8 +4,13 @@ All keep the dtype and never change their input. `weights` are n numbers, one pe
 `taskvec.rules`.
 """
 
+from ._balance import pcb as pcb
+from ._balance import sce as sce
 from ._choice import consensus as consensus
 from ._choice import magmax as magmax
+from ._localized import consensus_ta as consensus_ta
+from ._localized import consensus_ties as consensus_ties
+from ._localized import localize_and_stitch as localize_and_stitch
 from ._lowrank import cart as cart
 from ._lowrank import iso_c as iso_c
 from ._lowrank import iso_cts as iso_cts
@@ -21,7 +26,9 @@ from ._shared_basis import dc_merge as dc_merge
 from ._shared_basis import knots as knots
 from ._solved import actmat as actmat
 from ._solved import wudi as wudi
+from ._sphere import karcher as karcher
 from ._sphere import model_stock as model_stock
+from ._sphere import nuslerp as nuslerp
 from ._sphere import slerp as slerp
 from ._sums import mean as mean
 from ._sums import total as total
@@ -34,6 +41,8 @@ __all__ = [
     "breadcrumbs",
     "cart",
     "consensus",
+    "consensus_ta",
+    "consensus_ties",
     "core_space",
     "dare",
     "dc_merge",
@@ -41,11 +50,16 @@ __all__ = [
     "disjoint_mean",
     "iso_c",
     "iso_cts",
+    "karcher",
     "knots",
+    "localize_and_stitch",
     "magmax",
     "mean",
     "model_stock",
+    "nuslerp",
+    "pcb",
     "regmean",
+    "sce",
     "slerp",
     "star",
     "subspace_boosting",

@@ -155,6 +155,6 @@ def ties(
 
 
 def _weighed(stack: Tensor, factors: Sequence[float] | None) -> Tensor:
-    if factors is None:
+    if factors is None or all(factor == 1 for factor in factors):
         return stack
     return torch.stack([x * factor for x, factor in zip(stack, factors, strict=True)])
