@@ -223,7 +223,7 @@ MASKED = ("dare", "della")  # run with their own masks, below
 
 def test_every_file_is_used():
     here = {path.stem for path in FOLDER.glob("*.json")}
-    assert here == {file for file, *_ in AGREE} | set(MASKED) | {"matrices"}  # in test_matrices
+    assert here == {file for file, *_ in AGREE} | set(MASKED) | {"whose_ties", "matrices"}  # the last in test_matrices
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,44 @@ def test_the_reference_count_keeps_as_many_as_the_authors_code(file, density):
         case = golden(file, name)
         trimmed = [v.map(topk, density=density(case.arguments), count="reference") for v in case.vectors]
         assert [sum(int(x.count_nonzero()) for x in v.values()) for v in trimmed] == case.extra["kept"]
+
+
+# The page docs/whose_ties.md
+
+SD_MECHA = {"scope": "tensor", "count": "reference"}
+WHOSE: dict[str, tuple[Callable[..., Tensor], Arguments]] = {
+    "authors": (presets.ties_reference, {}),
+    "fusion_bench": (presets.ties_badmerging, {}),
+    "peft": (presets.ties_peft, {}),
+    "peft-frequency": (presets.ties_peft, {"by": "count"}),
+    "mergekit": (presets.ties_mergekit, {"weights": [1, 1, 1]}),
+    "sd_mecha": (ties, {**SD_MECHA, "by": "count"}),
+    "sd_mecha-vote_sgn": (ties, SD_MECHA),
+    "peft-weights": (presets.ties_peft, {"weights": [0.2, 1, 1]}),
+    "mergekit-weights": (presets.ties_mergekit, {"weights": [0.2, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", WHOSE)
+def test_whose_ties_is_ours(name):
+    data = json.loads((FOLDER / "whose_ties.json").read_text())
+    inputs = {key: torch.tensor(value) for key, value in data["inputs"].items()}
+    vectors = [TaskVector({key: x[i] for key, x in inputs.items()}) for i in range(3)]
+    answers = {case["name"]: case["output"] for case in data["cases"]}
+    assert set(answers) == set(WHOSE)
+    assert len({str(output) for output in answers.values()}) == len(answers)  # as the page says
+    rule, options = WHOSE[name]
+    expected = {key: torch.tensor(value) for key, value in answers[name].items()}
+    assert apart(merge(vectors, rule, density=0.5, **options), expected, bits=False) == {}
+
+
+def test_the_page_shows_what_they_answered():
+    page = (FOLDER.parents[1] / "docs" / "whose_ties.md").read_text("utf-8")
+    table = page.split("| implementation |")[1].split("\n\n")[0].splitlines()[2:]
+    data = json.loads((FOLDER / "whose_ties.json").read_text())
+    answers = {case["name"]: case["output"] for case in data["cases"]}
+    shown = [[[float(x) for x in cell.split(",")] for cell in line.split("|")[2:5]] for line in table]
+    assert shown == [[[float(f"{x:.3g}") for x in answers[name][key]] for key in ("a", "b", "one")] for name in WHOSE]
 
 
 # Deviations, each of which the docstrings tell
