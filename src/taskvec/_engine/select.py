@@ -247,10 +247,10 @@ def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list
     near = mags >= _column([bracket.low >> 32 for bracket in brackets], mags)
     near ^= larger
     places = np.flatnonzero(near)
-    ends: Any = np.searchsorted(places, np.arange(1, len(mags) + 1) * mags.shape[1])
     found: list[Inside] = []
+    end = 0
     for i, bracket in enumerate(brackets):
-        begin, end = int(ends[i - 1]) if i else 0, int(ends[i])
+        begin, end = end, end + int(np.count_nonzero(near[i]))
         columns = places[begin:end] - i * mags.shape[1]
         keys = (mags[i][columns].astype(np.uint64) << np.uint64(32)) | _turns_at(at, columns)
         found.append(_counted(keys, int(np.count_nonzero(larger[i])), at, bracket, wide=False))
