@@ -1,0 +1,130 @@
+"""The comparison of merges on five image tasks, on an encoder that has hardly been trained, and the one in memory."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import compare_merges
+from bench import cache, data, zoo
+from benchmarks import in_memory
+
+sys.path.pop(0)
+sys.path.pop(0)
+
+from taskvec import TaskVector
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
+    yield zoo.Setting("vits", steps=2, pretrain_steps=2)
+    cache.FOLDER = before
+
+
+@pytest.fixture(scope="module")
+def vectors(setting):
+    base = zoo.base(setting)
+    return [TaskVector.between(base, zoo.fine_tuned(setting, zoo.Recipe(task))) for task in data.TASKS]
+
+
+@pytest.mark.parametrize("name", compare_merges.METHODS)
+def test_every_method_makes_something_that_differs_from_the_others(name, vectors):
+    merged = compare_merges.METHODS[name].merge(vectors)
+    first = merged[0] if isinstance(merged, list) else merged
+    assert list(first) == list(vectors[0])
+    assert float(first.norm()) > 0
+    assert isinstance(merged, list) == (name in ("EMR", "TALL masks", "TSV-C"))
+    others = [other for other in ("average", "task arithmetic") if other != name]
+    for other in others:
+        assert not first.allclose(compare_merges.METHODS[other].merge(vectors), rtol=1e-3)
+
+
+def test_a_row_has_the_best_scale_of_the_grid_on_validation_images(setting, vectors, monkeypatch):
+    asked = []
+
+    def accuracy(_, models, part):
+        asked.append(part.__name__)
+        size = float(TaskVector.between(zoo.base(setting), models["mnist"]).norm())
+        return -abs(size - 2 * unit) if part is data.validation else size
+
+    unit = float(compare_merges.METHODS["average"].merge(vectors).norm())
+    monkeypatch.setattr(compare_merges, "accuracy", accuracy)
+    row = compare_merges.measured(setting, 0, "average")
+    assert row["scale"] == 2.0
+    assert row["paper"] == pytest.approx(unit, rel=1e-3)
+    assert row["validated"] == pytest.approx(2 * unit, rel=1e-3)
+    assert asked == ["validation"] * len(compare_merges.GRID) + ["test"] * 2  # test images after the choice
+
+
+def test_each_tasks_own_vector_is_asked_where_there_are_several(setting, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compare_merges, "accuracy", lambda _, models, part: seen.append(models) or 0.5)
+    row = compare_merges.measured(setting, 0, "EMR")
+    assert row["scale"] == 1.0
+    assert len({id(params) for params in seen[0].values()}) == len(data.TASKS)
+    assert list(seen[0]) == list(data.TASKS)
+
+
+def test_the_accuracy_is_the_mean_over_tasks(setting):
+    base = zoo.base(setting)
+    models = dict.fromkeys(data.TASKS, base)
+    found = compare_merges.accuracy(setting, models, lambda task: data.validation(task, 20))
+    each = [
+        compare_merges.accuracy(setting, {task: base}, lambda task: data.validation(task, 20)) for task in data.TASKS
+    ]
+    assert found == pytest.approx(sum(each) / 5)
+    assert len(set(each)) > 1
+
+
+def test_a_method_with_other_options_is_another_row(setting, monkeypatch):
+    key = compare_merges.key_of(setting, 0, "TIES")
+    assert key != compare_merges.key_of(setting, 1, "TIES")
+    method = compare_merges.METHODS["TIES"]
+    changed = compare_merges.partial(method.merge, density=0.3)
+    monkeypatch.setitem(compare_merges.METHODS, "TIES", method._replace(merge=changed))
+    assert key != compare_merges.key_of(setting, 0, "TIES")
+
+
+def test_the_table_shows_what_is_left_of_the_gain(setting):
+    rows = {"the base": 0.2, "each fine-tune": 0.8, "TIES": 0.5}
+    kept = {
+        compare_merges.key_of(setting, seed, name): {
+            "paper": value - 0.1, "validated": value, "scale": 0.5, "seconds": 1.0
+        }
+        for name, value in rows.items()
+        for seed in (0, 1)
+    }  # fmt: skip
+    lines = compare_merges.table(setting, [0, 1], [*rows, "PCB"], kept).splitlines()
+    assert [line.split()[0] for line in lines[4:]] == ["each", "TIES", "the"]
+    assert "PCB" not in lines[5]
+    ties = lines[5].split()
+    assert "50" in ties
+    assert "40.0" in ties
+
+
+def test_the_programs_in_memory_are_given_the_same(monkeypatch):
+    monkeypatch.setattr(
+        in_memory, "shapes", lambda layers: {"w": (60, 40), "b": (50,), "c": (8, 3, 4, 4)} if layers else {}
+    )
+    stacks = in_memory.draw(1, 3)
+    assert {name: tuple(x.shape[1:]) for name, x in stacks.items()} == in_memory.shapes(1)
+    own, peft = in_memory.with_taskvec(stacks, 3), in_memory.with_peft(stacks, 3)
+    assert set(own) == set(in_memory.METHODS)
+    for name in ("task arithmetic", "ties"):
+        for merged, theirs in zip(own[name]().values(), peft[name](), strict=True):
+            torch.testing.assert_close(merged, theirs)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_program_is_measured_in_seconds_and_shares_of_its_inputs(monkeypatch):
+    monkeypatch.setattr(in_memory, "shapes", lambda _: {"w": (60, 40)})
+    given = argparse.Namespace(threads=[torch.get_num_threads()], layers=1, vectors=3, repeats=1)
+    found = in_memory.measure("taskvec", given)
+    assert set(found) == set(in_memory.METHODS)
+    assert all(seconds > 0 and share >= 0 for seconds, share in found.values())
