@@ -108,6 +108,16 @@ def test_the_table_shows_what_is_left_of_the_gain(setting):
     assert "40.0" in ties
 
 
+def test_the_page_shows_what_the_rows_give():
+    path = compare_merges.cells.FOLDER / compare_merges.TABLE
+    if not path.exists():
+        pytest.skip("the rows are in the repository only")
+    kept = compare_merges.cells.read(path)
+    names = ["the base", "each fine-tune", *compare_merges.METHODS]
+    page = Path(__file__).parents[1] / "docs" / "tables" / "merges.txt"
+    assert compare_merges.table(zoo.Setting("vits"), [0, 1, 2], names, kept).strip() == page.read_text("utf-8").strip()
+
+
 def test_the_programs_in_memory_are_given_the_same(monkeypatch):
     monkeypatch.setattr(
         in_memory, "shapes", lambda layers: {"w": (60, 40), "b": (50,), "c": (8, 3, 4, 4)} if layers else {}
