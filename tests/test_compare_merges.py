@@ -11,20 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_merges
-from bench import cache, data, zoo
+from bench import data, zoo
+from bench.shapes import vit
 from benchmarks import in_memory
 
 sys.path.pop(0)
 sys.path.pop(0)
 
 from taskvec import TaskVector
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
-    yield zoo.Setting("vits", steps=2, pretrain_steps=2)
-    cache.FOLDER = before
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +112,15 @@ def test_the_page_shows_what_the_rows_give():
     assert compare_merges.table(zoo.Setting("vits"), [0, 1, 2], names, kept).strip() == page.read_text("utf-8").strip()
 
 
+def test_a_vit_b_has_86_million_entries():
+    assert sum(torch.Size(shape).numel() for shape in vit().values()) == pytest.approx(86e6, rel=0.01)
+
+
 def test_the_programs_in_memory_are_given_the_same(monkeypatch):
-    monkeypatch.setattr(
-        in_memory, "shapes", lambda layers: {"w": (60, 40), "b": (50,), "c": (8, 3, 4, 4)} if layers else {}
-    )
+    shapes = {"w": (60, 40), "b": (50,), "c": (8, 3, 4, 4)}
+    monkeypatch.setattr(in_memory, "vit", lambda layers: shapes)
     stacks = in_memory.draw(1, 3)
-    assert {name: tuple(x.shape[1:]) for name, x in stacks.items()} == in_memory.shapes(1)
+    assert {name: tuple(x.shape[1:]) for name, x in stacks.items()} == shapes
     own, peft = in_memory.with_taskvec(stacks, 3), in_memory.with_peft(stacks, 3)
     assert set(own) == set(in_memory.METHODS)
     for name in ("task arithmetic", "ties"):
@@ -133,7 +130,7 @@ def test_the_programs_in_memory_are_given_the_same(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_program_is_measured_in_seconds_and_shares_of_its_inputs(monkeypatch):
-    monkeypatch.setattr(in_memory, "shapes", lambda _: {"w": (60, 40)})
+    monkeypatch.setattr(in_memory, "vit", lambda layers: {"w": (60, 40)})
     given = argparse.Namespace(threads=[torch.get_num_threads()], layers=1, vectors=3, repeats=1)
     found = in_memory.measure("taskvec", given)
     assert set(found) == set(in_memory.METHODS)

@@ -90,6 +90,8 @@ RULES = [
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3}, {ODD, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "weights": [2, -0.5, 1]}, {ODD, SCALE}, n=3),
+    Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "weights": [2, 0.5, 1], "weighted_vote": True,
+                       "zero": "positive", "reduce": "weighted_mean"}, {SCALE}, n=3),
     Row(merges.magmax, {}, {ODD, SCALE}),
     Row(merges.consensus, {}, {ODD, PERMUTATION, SCALE}),
     Row(merges.consensus, {"agree": 0.6, "reduce": "sum"}, {ODD, PERMUTATION, SCALE}),
@@ -100,6 +102,7 @@ RULES = [
     Row(merges.model_stock, {}, {ODD, PERMUTATION, SCALE}, n=2),
     Row(merges.model_stock, {"scope": "global"}, {ODD, PERMUTATION, SCALE}, n=4),
     Row(merges.model_stock, {"scope": "row"}, {ODD, PERMUTATION, SCALE}, n=2),
+    Row(merges.model_stock, {"extrapolate": True}, {ODD, PERMUTATION, SCALE}, n=2),
     Row(merges.slerp, {"t": 0.3, "scope": "row"}, {ODD, SCALE}, n=2),
     Row(merges.nuslerp, {"weights": [1, 3]}, {ODD, SCALE}, n=2),
     Row(merges.karcher, {}, {ODD, PERMUTATION, SCALE}, n=2),
@@ -232,6 +235,7 @@ def test_the_law_holds(row, law):
 # What is exempt from a law, with the case that shows why.
 PAIR = [[4.0, -1.0, 2.0, 3.0], [1.0, -2.0, -2.0, 5.0]]
 OPPOSITE = [[1.0, 2.0], [-1.0, -3.0]]
+OPPOSITE_HALF = [[1.0, 2.0], [-1.0, -1.0]]
 TRIPLE = [*PAIR, [0.5, 3.0, 1.0, -1.0]]
 EXEMPT: list[tuple[Row, Callable[..., None], list[Any]]] = [
     (Row(sparsify.above, {"threshold": 0.5}, set()), SCALE, [0.25, 1.0]),
@@ -246,6 +250,7 @@ EXEMPT: list[tuple[Row, Callable[..., None], list[Any]]] = [
     (Row(merges.ties, {"weights": [2, 0.5, 1]}, set()), PERMUTATION, TRIPLE),
     (Row(merges.dare, {"density": 0.5, "seed": 1}, set()), PERMUTATION, PAIR),
     (Row(merges.della, {"density": 0.5, "epsilon": 0.2, "seed": 0}, set()), PERMUTATION, PAIR),
+    (Row(merges.della, {"density": 1.0, "epsilon": 0.0, "seed": 0, "zero": "positive"}, set()), ODD, OPPOSITE_HALF),
     (Row(merges.magmax, {}, set()), PERMUTATION, OPPOSITE),
     (Row(merges.consensus, {"agree": 0.5, "reduce": "largest"}, set()), PERMUTATION, [[1.0], [-1.0], [0.5]]),
     (Row(merges.slerp, {"t": 0.3}, set()), PERMUTATION, PAIR),
@@ -356,6 +361,7 @@ def test_at_density_0_a_merge_gives_zeros_and_at_1_it_trims_nothing(rule, option
         (signs.elect, {"zero": "negative"}),
         (signs.consistent, {"agree": 0}),
         (signs.consistent, {"agree": 1.5}),
+        (merges.della, {"density": 0.5, "epsilon": 0.1, "seed": 0, "zero": "majority"}),
         *[(f, {"weights": [1, 2, 3]}) for f in (merges.mean, merges.weighted, merges.ties)],
         (merges.ties, {"reduce": "median"}),
         *[(f, {"scope": "column"}) for f in (merges.nuslerp, merges.model_stock, merges.karcher)],
@@ -583,9 +589,9 @@ def test_a_preset_pickles_and_shows_its_arguments(name):
 # option names mean the same everywhere
 
 
-NAMES = {"agree", "by", "clamp", "count", "density", "epsilon", "gram", "off_diagonal", "outliers", "reduce", "rescale",
-         "ridge", "scope", "seed", "steps", "t", "tasks", "threshold", "transposed", "weighted_vote", "weights",
-         "zero"}  # fmt: skip
+NAMES = {"agree", "by", "clamp", "count", "density", "epsilon", "extrapolate", "gram", "off_diagonal", "outliers",
+         "reduce", "rescale", "ridge", "scope", "seed", "steps", "t", "tasks", "threshold", "transposed",
+         "weighted_vote", "weights", "zero"}  # fmt: skip
 
 
 @of_table(ROWS)

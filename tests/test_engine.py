@@ -604,6 +604,13 @@ STREAMABLE: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (merges.breadcrumbs, {"density": 0.3, "outliers": 0.1}),
     (model_stock, {"scope": "global"}),
     (model_stock, {}),
+    (model_stock, {"scope": "row"}),
+    (merges.karcher, {}),
+    (merges.pcb, {"density": 0.3}),
+    (merges.pcb, {"density": 0.3, "scope": "tensor"}),
+    (merges.sce, {"density": 0.3}),
+    (merges.consensus_ties, {"density": 0.3}),
+    (merges.localize_and_stitch, {"density": 0.3}),
     (middle, {}),
 ]
 
@@ -793,6 +800,20 @@ def test_threads_of_torch_do_not_change_the_bits(rule, options):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_thread_begun_after_a_merge_has_as_many_threads_of_torch_as_before():
+    """Sums set one thread in the worker that takes them, which torch would give to threads begun later."""
+    found: list[int] = []
+    torch.set_num_threads(2)
+    try:
+        merge(streamed(vectors(3, shapes={"a": (BLOCK,)})), dare, density=0.5, seed=0, rescale="l1")["a"]
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(1)
+    assert found == [2]
 
 
 def test_an_error_in_a_thread_comes_back_with_its_note():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 
 import backdoor_vectors
 import badmerging
-from bench import asking, attackers, cache, cells, data, detectors, handed, merges, mine, report, zoo
+from bench import asking, attackers, cells, data, detectors, handed, merges, mine, report, zoo
 
 sys.path.pop(0)
 sys.path.pop(0)
@@ -189,13 +189,6 @@ def test_every_attack_of_the_table_has_a_plan_that_json_can_hold():
 
 
 # attackers and merges, on an encoder that has hardly been trained
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
-    yield zoo.Setting("vits", steps=2, pretrain_steps=2)
-    cache.FOLDER = before
 
 
 ON = attackers.on_task("mnist", 1, 0)

@@ -18,6 +18,7 @@ from taskvec import TaskVector, merge, presets
 from taskvec.merges import (
     consensus_ta,
     consensus_ties,
+    della,
     disjoint_mean,
     karcher,
     magmax,
@@ -145,12 +146,12 @@ def second_of(vectors: Vectors, a: Arguments) -> TaskVector:
     return vectors[second] if isinstance(second, int) else vectors[0] * float(second.split("*")[0])
 
 
-def stock(vectors: Vectors, a: Arguments) -> Any:
+def stock(vectors: Vectors, a: Arguments, rule: Callable[..., Tensor] = presets.model_stock_mergekit) -> Any:
     """Filters are along the last dimension there and along the first here: the convolution is made a matrix of them."""
     if not a["filter_wise"]:
-        return merge(vectors, presets.model_stock_mergekit)
+        return merge(vectors, rule)
     rows = [TaskVector({name: x.flatten(0, -2) if x.ndim > 1 else x for name, x in v.items()}) for v in vectors]
-    merged = merge(rows, presets.model_stock_mergekit, scope="row")
+    merged = merge(rows, rule, scope="row")
     return {name: merged[name].reshape(x.shape) for name, x in vectors[0].items()}
 
 
@@ -209,7 +210,7 @@ AGREE: list[tuple[str, Callable[[Vectors, Arguments], Any], bool, set[str]]] = [
         "model_stock",
         stock,
         NEAR,
-        {"distinct-mergekit", "agreeing-fusion_bench", "distinct-fusion_bench", "agreeing-mergekit-filter_wise"},
+        {"agreeing-fusion_bench", "distinct-fusion_bench"},
     ),
     (
         "elementwise",
@@ -223,7 +224,11 @@ MASKED = ("dare", "della")  # run with their own masks, below
 
 def test_every_file_is_used():
     here = {path.stem for path in FOLDER.glob("*.json")}
-    assert here == {file for file, *_ in AGREE} | set(MASKED) | {"whose_ties", "matrices"}  # the last in test_matrices
+    assert here == {file for file, *_ in AGREE} | set(MASKED) | {
+        "whose_ties",
+        "coming_from",
+        "matrices",
+    }  # in their own tests
 
 
 @pytest.mark.parametrize(
@@ -342,15 +347,16 @@ def test_slerp_with_a_zero_vector_is_refused():
 
 
 def test_model_stock_of_vectors_that_disagree_is_zero():
-    """The formula extrapolates backwards, and mergekit follows it; everywhere else the two agree."""
+    """The formula extrapolates backwards, and mergekit and its preset follow it; everywhere else the two agree."""
     case = golden("model_stock", "distinct-mergekit")
     assert case.extra["factor"]["matrix"] < 0
-    assert apart(stock(case.vectors, case.arguments), case.output | {"matrix": torch.zeros(6, 8)}, bits=False) == {}
+    expected = case.output | {"matrix": torch.zeros(6, 8)}
+    assert apart(merge(case.vectors, model_stock), expected, bits=False) == {}
 
 
 def test_model_stock_filter_by_filter_is_zero_only_where_a_filter_disagrees():
     case = golden("model_stock", "agreeing-mergekit-filter_wise")
-    found = stock(case.vectors, case.arguments)
+    found = stock(case.vectors, case.arguments, model_stock)
     assert apart(found, case.output, bits=False) != {}
     for name, theirs in case.output.items():
         rows = [[row for _, row in rows_of(v[name])] for v in case.vectors]
@@ -359,6 +365,16 @@ def test_model_stock_filter_by_filter_is_zero_only_where_a_filter_disagrees():
             agree = sum(float(torch.cosine_similarity(x, y, dim=0)) for x, y in pairs) > 0
             wanted = row if agree else torch.zeros_like(row)
             torch.testing.assert_close(dict(rows_of(found[name]))[i], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_della_of_mergekit_is_its_ties_where_nothing_is_dropped():
+    """Its masks and its rescaling are compared below."""
+    case = golden("ties_mergekit", "distinct-weights_0.8_0.2_0.5-normalize")
+    weights = case.arguments["weight"]
+    found = merge(case.vectors, presets.della_mergekit, density=1.0, epsilon=0.0, seed=0, weights=weights)
+    expected = merge(case.vectors, presets.ties_mergekit, density=1.0, weights=weights)
+    assert apart(found, dict(expected)) == {}
+    assert apart(merge(case.vectors, della, density=1.0, epsilon=0.0, seed=0, weights=weights), dict(expected)) != {}
 
 
 @pytest.mark.parametrize("name", ["agreeing-fusion_bench", "distinct-fusion_bench"])

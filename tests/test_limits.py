@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taskvec import TaskVector, defenses
 from taskvec._engine.pieces import HERE
-from taskvec._engine.totals import COLUMNS, SHORT, pair_dots, sum64
+from taskvec._engine.totals import COLUMNS, pair_dots, sum64
 from taskvec.attacks import (
     adversarial_crops,
     amplify,
@@ -237,8 +237,17 @@ def test_a_physical_trigger_is_turned_by_10_degrees_and_lit_by_a_fifth():
 # long sums
 
 
-def test_sums_longer_than_one_run_are_whole():
-    x = torch.arange(3 * SHORT + 5, dtype=torch.float64) / 7
+def test_long_sums_are_whole_and_have_the_same_bits_on_any_number_of_threads():
+    x = torch.arange(3 * 2**15 + 5, dtype=torch.float64) / 7
+    before, found = torch.get_num_threads(), list[float]()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(float(sum64(x)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
     assert float(sum64(x)) == pytest.approx(sum(i / 7 for i in range(len(x))))
     stack = torch.stack([x[: 2 * COLUMNS + 3], 2 - x[: 2 * COLUMNS + 3]])
     found = torch.tensor(pair_dots(stack, HERE), dtype=torch.float64).reshape(2, 2)

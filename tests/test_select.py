@@ -178,18 +178,9 @@ def test_other_devices_take_the_same_keys(dtype, monkeypatch):
     assert torch.equal(turns_elsewhere(at, 50, x.device), torch.from_numpy(own_turns(at, 50, x.device).astype("int64")))
     monkeypatch.setattr(select, "turns_of", turns_elsewhere)
     monkeypatch.setattr(select, "magnitudes", magnitudes_elsewhere)
-    if dtype == torch.float32:
-        monkeypatch.setattr(select, "_bracketed", without_the_short_cut)
     found = HERE.take(cuts, x[None], 700).keys, ranked_columns(x.reshape(30, 100), at)
     assert found[0] == wanted[0]
     assert torch.equal(found[1], wanted[1])
-
-
-def without_the_short_cut(row, at, bracket, equal):
-    keys = select._keys(row, at, equal)
-    inside = (keys >= bracket[0]) & (keys <= bracket[1])
-    count = int(inside.sum())
-    return select.Inside(int((keys > bracket[1]).sum()), count, select._on_host(keys[inside]), at.key, False)
 
 
 # ties

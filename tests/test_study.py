@@ -15,20 +15,12 @@ import study_inherent
 import study_sbv
 import study_screening
 import study_vectors
-from bench import attackers, cache, cells, data, defenders, handed, mine, tables, zoo
+from bench import attackers, cells, data, defenders, handed, mine, tables, zoo
 
 sys.path.pop(0)
 
 from taskvec import TaskVector
 from taskvec.metrics import coefficients
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
-    yield zoo.Setting("vits", steps=2, pretrain_steps=2)
-    cache.FOLDER = before
-
 
 # attackers
 

@@ -175,9 +175,12 @@ def breadcrumbs(stack: list[Rows], weights: Any = None, **options: Any) -> Rows:
     return weighted([band(rows, **options) for rows in stack], weights)
 
 
-def della(stack: list[Rows], seed: int, uniforms: Any, weights: Any = None, **options: Any) -> Rows:
+def della(
+    stack: list[Rows], seed: int, uniforms: Any, weights: Any = None, zero: str = "none", weighted_vote: bool = False,
+    reduce: str = "mean", **options: Any,
+) -> Rows:  # fmt: skip
     dropped = [rank_drop(rows, seed=fold(seed, i), uniforms=uniforms, **options) for i, rows in enumerate(stack)]
-    return disjoint_mean(dropped, elect(dropped), weights=weights)
+    return ties(dropped, 1.0, weights, weighted_vote, reduce, zero=zero)
 
 
 def magmax(stack: list[Rows]) -> Rows:
@@ -200,11 +203,12 @@ def slerp(stack: list[Rows], t: float) -> Rows:
     return weighted(stack, [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)])
 
 
-def model_stock(stack: list[Rows]) -> Rows:
+def model_stock(stack: list[Rows], extrapolate: bool = False) -> Rows:
     n = len(stack)
     pairs = [(a, b) for i, a in enumerate(stack) for b in stack[:i]]
     cosine = sum(dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) for a, b in pairs) / len(pairs)
-    t = n * max(cosine, 0) / (1 + (n - 1) * max(cosine, 0))
+    cosine = cosine if extrapolate else max(cosine, 0)
+    t = n * cosine / (1 + (n - 1) * cosine)
     return [[t * x for x in row] for row in mean(stack)]
 
 

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import torch
 from torch import Tensor
 
+from bench.shapes import vit
+
 Stacks = Mapping[str, Tensor]
 """Name -> the vectors' tensors, `(n, *shape)`."""
 
@@ -33,35 +35,13 @@ PROGRAMS = ("taskvec", "mergekit", "peft")
 DENSITY, DELLA_DENSITY, EPSILON = 0.2, 0.4, 0.2  # the epsilon of mergekit: half the window
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a ViT-B."""
-    found: dict[str, tuple[int, ...]] = {"patch.weight": (768, 3, 16, 16), "patch.bias": (768,), "position": (197, 768)}
-    for i in range(layers):
-        found |= {
-            f"blocks.{i}.{name}": shape
-            for name, shape in {
-                "qkv.weight": (2304, 768),
-                "qkv.bias": (2304,),
-                "proj.weight": (768, 768),
-                "proj.bias": (768,),
-                "fc1.weight": (3072, 768),
-                "fc1.bias": (3072,),
-                "fc2.weight": (768, 3072),
-                "fc2.bias": (768,),
-                "norm1.weight": (768,),
-                "norm2.weight": (768,),
-            }.items()
-        }
-    return found
-
-
 def draw(layers: int, vectors: int) -> dict[str, Tensor]:
     """Normal numbers; every tensor has a scale of its own."""
     random = torch.Generator().manual_seed(0)
     scales = (1e-3, 3e-4, 2e-3)
     return {
         name: torch.randn(vectors, *shape, generator=random) * scales[i % 3]
-        for i, (name, shape) in enumerate(shapes(layers).items())
+        for i, (name, shape) in enumerate(vit(layers=layers).items())
     }
 
 
@@ -138,6 +118,7 @@ def measure(program: str, given: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def status(field: str) -> int:
+    """Bytes, as the system counts them: exact for merges that end within a few samples of `processes.PeakMemory`."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
@@ -197,7 +178,7 @@ def main() -> None:
 
     header = ["method", "threads", "taskvec s", "mergekit s", "times", "PEFT s", "times", "extra memory / inputs"]
     lines: Sequence[Sequence[str]] = [line for threads in given.threads for line in rows(threads, given)]
-    entries = sum(torch.Size(shape).numel() for shape in shapes(given.layers).values())
+    entries = sum(torch.Size(shape).numel() for shape in vit(layers=given.layers).values())
     print(text_table(f"{given.vectors} vectors of {entries:,} float32 in memory", header, lines))
 
 

@@ -142,16 +142,12 @@ def measured(setting: Setting, seed: int, name: str) -> dict[str, float]:
 
 
 def key_of(setting: Setting, seed: int, name: str) -> str:
-    """The key of a row: the models, the method with its options, and the grid."""
-    options = [] if name not in METHODS else sorted(f"{k}={v!r}" for k, v in _options(METHODS[name]).items())
-    asked = {"setting": zoo.settings(setting), "seed": seed, "method": name}
-    return cells.key({**asked, "options": options, "grid": list(GRID)})
-
-
-def _options(method: Method) -> dict[str, Any]:
-    given = dict(getattr(method.merge, "keywords", {}))
-    rule = given.pop("rule", None)
-    return {**given, **dict(getattr(rule, "keywords", {})), "scale": method.scale}
+    """The key of a row: the models, the method with its options and scale, the grid, and the code of the bench."""
+    asked = {"setting": zoo.settings(setting), "seed": seed, "method": name, "grid": list(GRID)}
+    method = METHODS.get(name)
+    of_method = [] if method is None else [cells.code_of(method.merge), method.scale]
+    code = [cells.code_of(f) for f in (zoo.fine_tuned, asking.remembering)]
+    return cells.key({**asked, "of": of_method, "code": code})
 
 
 def table(setting: Setting, seeds: Sequence[int], names: Sequence[str], kept: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.shapes import vit
 from taskvec import TaskVector, load, merge, merges, save
 from taskvec.merges import ties
 
@@ -37,19 +38,8 @@ BASELINE = "import torch, safetensors"
 
 
 def vit_b_like(entries: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a vision transformer's size: 12 layers of the usual matrices."""
-    width = max(8, int((entries / 12 / 12) ** 0.5))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(12):
-        shapes |= {
-            f"blocks.{i}.attn.qkv.weight": (3 * width, width),
-            f"blocks.{i}.attn.proj.weight": (width, width),
-            f"blocks.{i}.mlp.up.weight": (4 * width, width),
-            f"blocks.{i}.mlp.down.weight": (width, 4 * width),
-            f"blocks.{i}.norm.weight": (width,),
-            f"blocks.{i}.norm.bias": (width,),
-        }
-    return shapes
+    """A vision transformer of 12 layers with about so many entries."""
+    return vit(max(8, int((entries / 12 / 12) ** 0.5)))
 
 
 def random_vector(shapes: dict[str, tuple[int, ...]], seed: int) -> TaskVector:

@@ -5,10 +5,13 @@ What they share or leave out makes them small to store.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._engine.marks import Rule
 from ._engine.pieces import HERE, Place
 from ._engine.select import masked
 from ._engine.totals import numbers_in, over, sum64
@@ -16,6 +19,7 @@ from ._vectors.merge import merge
 from ._vectors.vector import TaskVector
 from .errors import DegenerateError, RangeError
 from .merges._localized import tall_masks_of
+from .merges._lowrank import recomposed
 from .merges._matrices import by_matrix, factors
 from .merges._sums import total
 from .rules import Scope, runs
@@ -58,30 +62,31 @@ def emr(vectors: Iterable[TaskVector], *, scope: Scope = "global") -> list[TaskV
     return _each(vectors, emr_of, scope=scope)
 
 
-def _each(vectors: Iterable[TaskVector], rule: object, **options: object) -> list[TaskVector]:
+def _given(vectors: Iterable[TaskVector]) -> list[TaskVector]:
+    """The vectors, refused where there are none."""
     given = list(vectors)
     if not given:
         raise DegenerateError("no vectors: give at least one")
-    return [merge(given, rule, task=task, **options) for task in range(len(given))]  # type: ignore[arg-type]
+    return given
 
 
-def _unified(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """The elected signs, and the largest entry that has them."""
+def _each(vectors: Iterable[TaskVector], rule: Rule, **options: Any) -> list[TaskVector]:
+    """A merge by the rule for each task."""
+    given = _given(vectors)
+    return [merge(given, rule, task=task, **options) for task in range(len(given))]
+
+
+def _shared(stack: Tensor) -> list[Tensor]:
+    """For each task, the largest entry that has the elected sign, where its own has it too."""
     signs = elected(stack, "sum", "none", None)
-    largest = torch.zeros_like(signs)
-    for x in stack:
-        largest = torch.maximum(largest, x * signs)
-    return signs, largest.mul_(signs)
-
-
-def _masked_by_task(stack: Tensor) -> list[Tensor]:
-    signs, unified = _unified(stack)
-    return [masked(unified, ~(x * signs <= 0)) for x in stack]
+    along = [x * signs for x in stack]
+    largest = reduce(torch.maximum, along).clamp(min=0) * signs
+    return [masked(largest, ~(x <= 0)) for x in along]  # NaN stays
 
 
 def _norms(stack: Tensor, at: Place) -> Tensor:
     del at
-    pairs = zip(stack, _masked_by_task(stack), strict=True)
+    pairs = zip(stack, _shared(stack), strict=True)
     return torch.stack([torch.stack([sum64(x.abs()), sum64(y.abs())]) for x, y in pairs])
 
 
@@ -96,7 +101,7 @@ def emr_factors(n: int, entries: int) -> Passes:
 def emr_of(stack: Tensor, task: int, *, scope: Scope = "global", at: Place = HERE) -> Tensor:
     """The rule of `emr` for one task."""
     del scope
-    return _masked_by_task(stack)[task].mul_(at.take(emr_factors, stack)[task])
+    return _shared(stack)[task].mul_(at.take(emr_factors, stack)[task])
 
 
 def tall_masks(vectors: Iterable[TaskVector], threshold: float | Sequence[float] = 0.4) -> list[TaskVector]:
@@ -161,9 +166,7 @@ def tsv_c(vectors: Iterable[TaskVector], share: float | None = None) -> list[Tas
     References:
         [Gargiulo et al., Task Singular Vectors, 2024](https://arxiv.org/abs/2412.00081)
     """
-    given = list(vectors)
-    if not given:
-        raise DegenerateError("no vectors: give at least one")
+    given = _given(vectors)
     kept = 1 / len(given) if share is None else share
     if not 0 < kept <= 1:
         raise RangeError(f"share must be the fraction of singular directions kept, in (0, 1]; got {share!r}")
@@ -174,12 +177,11 @@ def tsv_c(vectors: Iterable[TaskVector], share: float | None = None) -> list[Tas
 def leading(x: Tensor, share: float) -> Tensor:
     """The rule of `tsv_c` for one tensor."""
 
-    def lowered(stack: Tensor) -> Tensor:
+    def cut(stack: Tensor) -> Tensor:
         most = int(min(stack.shape[1:]) * share)
-        u, s, v = factors(stack[0], most)
-        return (u * s) @ v
+        return recomposed(*factors(stack[0], most))
 
-    return by_matrix(x[None], lowered, "mean", True)
+    return by_matrix(x[None], cut, "mean", True)
 
 
 def __dir__() -> list[str]:  # completion shows what is public

@@ -62,14 +62,13 @@ dare_mergekit = partial(dare, rescale="l1")
 della_paper = partial(della, rescale="density")
 """The DELLA authors' code: survivors are divided by their own probability."""
 
-della_mergekit = partial(della, rescale="l1")
-"""mergekit: the L1 norm of each tensor is restored. Its epsilon is half the width of the window, which must not touch 0
-or 1; its weights vote and divide, as in its TIES: give those of equal weight, or map `rank_drop` and merge by
-`ties_mergekit`."""
+della_mergekit = partial(della, rescale="l1", zero="positive", weighted_vote=True, reduce="weighted_mean")
+"""mergekit: the L1 norm of each tensor is restored; zeros elect +; weights vote and divide, as in its TIES. Its epsilon
+is half the width of the window, which must not touch 0 or 1 there."""
 
-model_stock_mergekit = partial(model_stock, scope="tensor")
-"""mergekit: the mean of all pairs' cosines, tensor by tensor, or row by row (its `filter_wise`: `scope="row"`). It
-extrapolates backwards where the mean cosine is negative; here the result is 0 there."""
+model_stock_mergekit = partial(model_stock, extrapolate=True)
+"""mergekit: it goes backwards where the mean cosine is negative. Tensor by tensor, or row by row (its `filter_wise`:
+`scope="row"`). (It takes vectors with a product of norms below 1e-6 for shorter than they are.)"""
 
 regmean_badmerging = partial(regmean, off_diagonal=0.1)
 """RegMean as BadMerging's code runs it: entries off the diagonal are multiplied by 0.1."""

@@ -1,7 +1,6 @@
 """Rules about signs: the sign that wins, and how many vectors have it. `(n, *shape) -> (*shape)`."""
 
 import math
-from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,8 +16,6 @@ __all__ = ["agreement", "consistent", "elect"]
 
 By: TypeAlias = Literal["sum", "count"]
 Zero: TypeAlias = Literal["none", "positive", "majority"]
-Vectors: TypeAlias = Tensor | Sequence[Tensor]
-"""A stack `(n, *shape)`, or its n vectors."""
 
 
 def majority(n: int, entries: int, by: By = "sum", zero: Zero = "none") -> Passes:
@@ -32,9 +29,9 @@ def _votes(stack: Tensor, at: Place, by: By) -> float:
     return votes(stack, by)
 
 
-def votes(vectors: Vectors, by: By) -> float:
+def votes(stack: Tensor, by: By) -> float:
     """The sum of all elected signs of a block."""
-    return float(_vote(vectors, by).sign().sum(dtype=torch.float64))
+    return float(_vote(stack, by).sign().sum(dtype=torch.float64))
 
 
 def sign(x: float) -> float:
@@ -74,11 +71,11 @@ def elect(stack: Tensor, *, by: By = "sum", zero: Zero = "none", scope: Scope = 
     return elected(stack, by, zero, at.take(majority, stack, by, zero) if zero == "majority" else None)
 
 
-def elected(vectors: Vectors, by: By, zero: Zero, winner: float | None) -> Tensor:
-    """`elect` of vectors that need not be stacked, its majority known."""
+def elected(stack: Tensor, by: By, zero: Zero, winner: float | None) -> Tensor:
+    """`elect`, its majority known."""
     if zero not in ("none", "positive", "majority"):
         raise RangeError(f"zero must elect 'none', 'positive' or the 'majority'; got {zero!r}")
-    signs = _sign_of(_vote(vectors, by))
+    signs = _sign_of(_vote(stack, by))
     taken = {"none": 0.0, "positive": 1.0, "majority": winner or 0.0}[zero]
     return _sign_of(signs.add_(taken / 2)) if taken else signs  # half a vote, which decides where there is none
 
@@ -89,11 +86,11 @@ def _sign_of(x: Tensor) -> Tensor:
     return x.mul_(large).mul_(large).clamp_(-1, 1)
 
 
-def _vote(vectors: Vectors, by: By) -> Tensor:
+def _vote(stack: Tensor, by: By) -> Tensor:
     """The sum of values or of signs, vector after vector: reducing dim 0 would change bits with the block."""
     if by not in ("sum", "count"):
         raise RangeError(f"by must be 'sum' or 'count'; got {by!r}")
-    first, *rest = vectors
+    first, *rest = stack
     total = first.clone() if by == "sum" else _sign_of(first.clone())
     for x in rest:
         total += x if by == "sum" else _sign_of(x.clone())

@@ -166,12 +166,15 @@ def _threads(workers: int) -> Generator[ThreadPoolExecutor]:
         _one_thread()
         ready.wait()
 
-    with ThreadPoolExecutor(workers, "taskvec", begin) as executor:
-        for _ in range(workers):
-            executor.submit(int)
-        ready.wait()
-        torch.set_num_threads(before)  # the caller's own, which a worker's setting would become for new threads
-        yield executor
+    try:
+        with ThreadPoolExecutor(workers, "taskvec", begin) as executor:
+            for _ in range(workers):
+                executor.submit(int)
+            ready.wait()
+            torch.set_num_threads(before)  # the caller's own, which a worker's setting would become for new threads
+            yield executor
+    finally:
+        torch.set_num_threads(before)  # and what `single_thread` has set in a worker
 
 
 @contextmanager
@@ -191,7 +194,7 @@ def _one_thread_each() -> Generator[Callable[[Task], Any]]:
 
 @contextmanager
 def single_thread() -> Generator[None]:
-    """One thread for torch: what LAPACK computes has other bits with several."""
+    """One thread for torch: sums, and what LAPACK computes, have other bits with several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

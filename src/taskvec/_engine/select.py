@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, RangeError
 from .pieces import Look, Place, wide
 
-__all__ = ["Count", "Cuts", "check_density", "kept", "largest", "masked", "ranked_columns"]
+__all__ = ["Count", "Cuts", "check_density", "kept", "largest", "magnitude_of", "masked", "ranked_columns"]
 
 Count: TypeAlias = Literal["round", "floor", "at_least_one", "reference"]
 """How a density becomes a number of entries: see `kept`."""
@@ -71,11 +71,12 @@ class Cuts(NamedTuple):
     def _late(self, flat: Tensor, at: Place) -> Tensor | None:
         """Where a magnitude equals the threshold and its turn comes too late, flat indices; None if that is nowhere."""
         last = [key.turn - (at.key >= key.name) for key in self.keys]  # the last turn that is too late
+        if max(last) < 0:
+            return None
         mags = magnitudes(flat)
         # where no turn is too late, a magnitude that there is not
-        places = _nonzero(
-            mags == _column([key.bits if t >= 0 else TOP for key, t in zip(self.keys, last, strict=True)], mags)
-        )
+        bits = [key.bits if t >= 0 else TOP for key, t in zip(self.keys, last, strict=True)]
+        places = _nonzero(mags == _column(bits, mags))
         if not len(places):
             return None
         row, column = places // flat.shape[1], places % flat.shape[1]
@@ -88,9 +89,14 @@ def _shrunk(row: Tensor, key: Key, out: Tensor | None) -> Tensor:
     """Magnitudes below the key's set to zero: one pass without a mask."""
     if key == NOTHING:
         return torch.zeros_like(row) if out is None else out.zero_()
-    bits, floats = (np.uint64, np.float64) if row.dtype == torch.float64 else (np.uint32, np.float32)
-    below = float(bits(key.bits - 1).view(floats)) if key.bits else -1.0
+    below = magnitude_of(key.bits - 1, row.dtype) if key.bits else -1.0
     return torch.hardshrink(row, below, out=out)  # keeps what is strictly larger
+
+
+def magnitude_of(bits: int, dtype: torch.dtype) -> float:
+    """The magnitude with some bits: what `magnitudes` makes an integer of."""
+    unsigned, floats = (np.uint64, np.float64) if dtype == torch.float64 else (np.uint32, np.float32)
+    return float(unsigned(bits).view(floats))
 
 
 def masked(x: Tensor, keep: Any) -> Tensor:
@@ -232,17 +238,20 @@ def _inside(
     asked = [cast("Bracket", brackets[i]) for i in rows]
     own = stack if len(rows) == len(stack) else stack[rows]
     mags = magnitudes(own)
+    _check_finite(mags, 0x7FF0000000000000 if own.dtype == torch.float64 else 0x7F800000)
     if own.dtype == torch.float32 and not isinstance(mags, Tensor) and all(equals[i] is None for i in rows):
         found = _bracketed_rows(mags, at, asked)
     else:
-        found = [_bracketed(x, at, bracket, equals[i]) for i, x, bracket in zip(rows, own, asked, strict=True)]
+        found = [
+            _counted(_keys(x, at, equals[i]), 0, at, bracket, wide=own.dtype == torch.float64)
+            for i, x, bracket in zip(rows, own, asked, strict=True)
+        ]
     told = dict(zip(rows, found, strict=True))
     return [told.get(i) for i in range(len(stack))]
 
 
 def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list[Inside]:
     """Of float32 on the CPU: most entries are above or below by their magnitudes alone, found in few long calls."""
-    _check_finite(mags, 0x7F800000)
     larger = mags > _column([bracket.high >> 32 for bracket in brackets], mags)
     near = mags >= _column([bracket.low >> 32 for bracket in brackets], mags)
     near ^= larger
@@ -255,12 +264,6 @@ def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list
         keys = (mags[i][columns].astype(np.uint64) << np.uint64(32)) | _turns_at(at, columns)
         found.append(_counted(keys, int(np.count_nonzero(larger[i])), at, bracket, wide=False))
     return found
-
-
-def _bracketed(row: Tensor, at: Place, bracket: "Bracket", equal: int | None) -> Inside:
-    wide = row.dtype == torch.float64
-    _check_finite(magnitudes(row), 0x7FF0000000000000 if wide else 0x7F800000)
-    return _counted(_keys(row, at, equal), 0, at, bracket, wide=wide)
 
 
 def _counted(keys: Any, above: int, at: Place, bracket: "Bracket", *, wide: bool) -> Inside:

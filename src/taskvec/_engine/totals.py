@@ -4,17 +4,14 @@ from collections.abc import Callable, Generator
 from math import isfinite
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, RangeError
 from .pieces import Look, Pieces, Place
+from .pools import single_thread
 
 __all__ = ["gram", "lockstep", "numbers_in", "of", "over", "sum64"]
-
-SHORT = 1 << 15
-"""The length up to which torch does not split an operation among threads, which would change the bits of a sum."""
 
 COLUMNS = 1 << 16
 """Columns of a stack that are multiplied at once: wider copies in float64 leave the cache."""
@@ -150,14 +147,11 @@ def sum64(x: Tensor) -> Tensor:
         >>> sum64(torch.tensor([1.0, 2.5]))
         tensor(3.5000, dtype=torch.float64)
     """
-    flat = x.detach().reshape(-1)
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):  # numpy has one thread
-        total = float(np.add.reduce(flat.numpy(), dtype=np.float64))
-    else:
-        total = sum(float(flat[i : i + SHORT].sum(dtype=torch.float64)) for i in range(0, flat.shape[0], SHORT))
-    if not isfinite(total):
+    with single_thread():
+        total = x.sum(dtype=torch.float64)
+    if not bool(total.isfinite()):
         raise NonFiniteError("NaN or inf: no statistic can be taken")
-    return torch.tensor(total, dtype=torch.float64, device=x.device)
+    return total
 
 
 def numbers_in(x: Tensor) -> list[float]:

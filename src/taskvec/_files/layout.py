@@ -1,4 +1,4 @@
-"""Where every byte of an output goes: known before anything is computed, so that any worker can write any block.
+"""Where every byte of an output goes: known before anything is computed, so that any worker can write any chunk.
 
 A file's header follows from names, shapes and dtypes alone.
 """

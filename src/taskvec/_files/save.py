@@ -1,6 +1,6 @@
 """save: any mapping of tensors into safetensors, block by block, atomically: readers never see partial files.
 
-Files are laid out first, under a temporary name beside the target, and every block goes straight to its place, from any
+Files are laid out first, under a temporary name beside the target, and every chunk goes straight to its place, from any
 worker. A journal tells what is there already, so that a killed run can continue. The finished output takes the target's
 place in one step.
 """

@@ -47,8 +47,8 @@ def applied(
 ) -> Tensor:
     """`old + delta * scale`, rounded once, to a dtype, by default the old's."""
     wide = torch.float64 if torch.float64 in (old.dtype, delta.dtype) else torch.float32
-    old_, delta_ = old.to(wide), delta.to(wide)
-    found = (delta_ * scale).add_(old_) if isinstance(scale, Tensor) else torch.add(old_, delta_, alpha=scale)
+    start, step = old.to(wide), delta.to(wide)
+    found = (step * scale).add_(start) if isinstance(scale, Tensor) else torch.add(start, step, alpha=scale)
     return found.to(dtype or old.dtype) if out is None else out.copy_(found)
 
 

@@ -2,12 +2,11 @@
 
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._engine.pieces import HERE, Look, Place
-from .._engine.select import Cuts, Key, check_density, largest, masked
+from .._engine.select import Cuts, check_density, largest, magnitude_of, masked
 from .._engine.totals import lockstep, of, over, sum64
 from ..errors import RangeError
 from ..rules import Scope, runs
@@ -29,43 +28,39 @@ class Range(NamedTuple):
     high: tuple[float, ...]
 
 
-Ends: TypeAlias = tuple[list[float], list[float], bool]
+Ends: TypeAlias = tuple[list[float], list[float], torch.dtype]
 
 
 def _ends(stack: Tensor, at: Place) -> Ends:
-    """The smallest and the largest entry of each vector's block, and whether it is float64."""
+    """The smallest and the largest entry of each vector's block, and their dtype."""
     del at
-    return [float(x.min()) for x in stack], [float(x.max()) for x in stack], stack.dtype == torch.float64
+    return [float(x.min()) for x in stack], [float(x.max()) for x in stack], stack.dtype
 
 
 def ends_of() -> Passes:
-    """A statistic: the smallest and the largest entry of each vector, and whether they are float64."""
+    """A statistic: the smallest and the largest entry of each vector, and their dtype."""
     parts: list[Ends] = yield Look(_ends)
-    low = tuple(map(min, zip(*(part[0] for part in parts), strict=True)))
-    high = tuple(map(max, zip(*(part[1] for part in parts), strict=True)))
-    return Range(low, high), parts[0][2]
+    lows, highs, dtypes = zip(*parts, strict=True)
+    return Range(tuple(map(min, zip(*lows, strict=True))), tuple(map(max, zip(*highs, strict=True)))), dtypes[0]
 
 
-def _value(key: Key, double: bool) -> float:
-    """The magnitude that a key begins with."""
-    bits, floats = (np.uint64, np.float64) if double else (np.uint32, np.float32)
-    return float(bits(key.bits).view(floats))
+def _smallest_kept(cuts: Cuts, dtype: torch.dtype) -> tuple[float, ...]:
+    """For each vector, the smallest magnitude that is kept."""
+    return tuple(magnitude_of(key.bits, dtype) for key in cuts.keys)
 
 
 def pcb_bounds(n: int, entries: int, clamp: float = 1e-4) -> Passes:
     """The first statistic of `pcb`: the two magnitudes of each vector between which all are clamped."""
     if not 0 <= clamp < 0.5:
         raise RangeError(f"clamp must be the fraction of outliers at each end, in [0, 0.5); got {clamp!r}")
-    ends, double = yield from of(torch.abs, (), ends_of())
+    ends, dtype = yield from of(torch.abs, (), ends_of())
     last = max(int(entries * (1 - clamp) - 1), 0)  # places of the authors' code, counted from the smallest
     ranks = entries - int(entries * clamp), entries - last  # and from the largest
     cuts: tuple[Cuts, Cuts] = yield from lockstep(*(largest(n, entries, rank) for rank in ranks))
-    return Range(
-        *(
-            ends.low if rank == entries else tuple(_value(key, double) for key in cut.keys)
-            for rank, cut in zip(ranks, cuts, strict=True)
-        )
+    low, high = (
+        ends.low if rank == entries else _smallest_kept(cut, dtype) for rank, cut in zip(ranks, cuts, strict=True)
     )
+    return Range(low, high)
 
 
 def _scores(stack: Tensor, bounds: Range) -> Tensor:
@@ -85,11 +80,11 @@ def _positive_scores(stack: Tensor, bounds: Range) -> Tensor:
 def pcb_scores(n: int, entries: int, pcb_bounds: Range, density: float = 0.1) -> Passes:
     """The second statistic of `pcb`: the scores of each vector that become 0 and 1."""
     rank = entries - int(entries * (1 - check_density(density)))
-    ends, double = yield from of(_scores, (pcb_bounds,), ends_of())
+    ends, dtype = yield from of(_scores, (pcb_bounds,), ends_of())
     if not 0 < rank < entries:
         return Range(ends.high if rank <= 0 else ends.low, ends.high)
     cuts: Cuts = yield from of(_positive_scores, (pcb_bounds,), largest(n, entries, rank))
-    return Range(tuple(_value(key, double) for key in cuts.keys), ends.high)
+    return Range(_smallest_kept(cuts, dtype), ends.high)
 
 
 @runs("element", pcb_bounds, pcb_scores)

@@ -9,6 +9,7 @@ from .._engine.pieces import HERE, Place
 from .._engine.select import Count, masked
 from ..errors import RangeError
 from ..rules import Scope, runs
+from ..signs import Zero
 from ..sparsify import topk_cuts
 from ._sums import total
 from ._ties import ties, ties_majority
@@ -83,7 +84,7 @@ def consensus_ties(
     tasks: int = 2,
     scope: Scope = "global",
     count: Count = "reference",
-    zero: str = "majority",
+    zero: Zero = "majority",
     at: Place = HERE,
 ) -> Tensor:
     """Merge by TIES with a sum, and keep the entries that several tasks need: consensus TIES.
@@ -113,7 +114,7 @@ def consensus_ties(
     References:
         [Wang et al., Localizing Task Information, 2024](https://arxiv.org/abs/2405.07813)
     """
-    merged = ties(stack, density, scope=scope, count=count, zero=zero, reduce="sum", at=at)  # type: ignore[arg-type]
+    merged = ties(stack, density, scope=scope, count=count, zero=zero, reduce="sum", at=at)
     return _needed_by_several(stack, merged, threshold, tasks)
 
 

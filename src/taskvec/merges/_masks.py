@@ -8,8 +8,9 @@ from torch import Tensor
 from .._engine.pieces import HERE, Place
 from .._engine.random import fold
 from .._engine.select import Count
+from ..errors import RangeError
 from ..rules import Scope, runs
-from ..signs import elected
+from ..signs import Zero
 from ..sparsify import (
     Passes,
     Rescale,
@@ -22,7 +23,7 @@ from ..sparsify import (
     rank_l1_factors,
 )
 from ._sums import factors_of, weighted
-from ._ties import disjoint_mean
+from ._ties import Reduce, ties
 
 __all__ = ["breadcrumbs", "dare", "della"]
 
@@ -136,6 +137,9 @@ def della(
     seed: int,
     weights: Sequence[float] | None = None,
     rescale: Rescale = "density",
+    zero: Zero = "none",
+    weighted_vote: bool = False,
+    reduce: Reduce = "mean",
     at: Place = HERE,
 ) -> Tensor:
     """Drop entries at random by rank, elect signs, average those that agree: DELLA.
@@ -149,12 +153,15 @@ def della(
         seed: any integer; every vector gets its own mask.
         weights: n numbers that multiply what is averaged; 1 by default.
         rescale: see `rank_drop`.
+        zero: what an exact zero elects, `"none"` or `"positive"` (mergekit).
+        weighted_vote: multiply by the weights before the election (mergekit).
+        reduce: see `disjoint_mean`.
 
     Returns:
         `(*shape)`, the dtype of the stack.
 
     Raises:
-        RangeError: a window that leaves [0, 1], a wrong number of weights.
+        RangeError: a window that leaves [0, 1], a wrong number of weights, an unknown choice.
         NonFiniteError: NaN or inf.
 
     Examples:
@@ -164,9 +171,11 @@ def della(
     References:
         [Deep et al., DELLA-Merging, 2024](https://arxiv.org/abs/2406.11617)
     """
+    if zero == "majority":
+        raise RangeError("zero must be 'none' or 'positive' here: a block of rows has no majority of its own")
     seeds = _seeds(seed, len(stack))
     factors = at.take(della_factors, stack, density, epsilon, seed, rescale)
     dropped = torch.stack(
         [rank_drop_by(x, density, epsilon, s, rescale, f, at) for x, s, f in zip(stack, seeds, factors, strict=True)]
     )
-    return disjoint_mean(dropped, elected(dropped, "sum", "none", None), weights=weights)
+    return ties(dropped, weights=weights, scope="tensor", zero=zero, weighted_vote=weighted_vote, reduce=reduce)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._engine.pieces import HERE, Place
+from .._engine.pools import single_thread
 from .._engine.totals import gram, numbers_in
 from ..errors import DegenerateError, NonFiniteError, RangeError
 from ..rules import Scope, runs
@@ -20,6 +21,9 @@ __all__ = ["karcher", "model_stock", "nuslerp", "slerp"]
 
 Products: TypeAlias = Sequence[Sequence[float]]
 """The dot products of all pairs of vectors."""
+
+SINGULAR = 1e-6
+"""A divisor of Model Stock's that is taken for 0 (mergekit's bound): the vectors add up to nothing."""
 
 NEARLY_PARALLEL = 1e-6
 """Below this angle (radians, to 0 or to pi) slerp is linear: the arc has no direction to follow."""
@@ -196,7 +200,7 @@ def _karcher_factors(products: Products, shares: Sequence[float], steps: int) ->
 
 
 @runs("element", gram)
-def model_stock(stack: Tensor, *, scope: Scope = "tensor", at: Place = HERE) -> Tensor:
+def model_stock(stack: Tensor, *, scope: Scope = "tensor", extrapolate: bool = False, at: Place = HERE) -> Tensor:
     """Shrink the mean difference by how little the fine-tunes agree: Model Stock.
 
     `t * mean_i x_i` with `t = n c / (1 + (n - 1) c)` and c the mean cosine of all pairs over the scope. Applied to the
@@ -205,6 +209,8 @@ def model_stock(stack: Tensor, *, scope: Scope = "tensor", at: Place = HERE) -> 
     Args:
         stack: `(n, *shape)` of task vectors, n >= 2, any float dtype.
         scope: of the cosines: `"tensor"` as in the paper, `"row"` (mergekit's `filter_wise`) or `"global"`.
+        extrapolate: follow the formula backwards where the mean cosine is negative (mergekit); by default t is 0
+            there.
 
     Returns:
         `(*shape)`, the dtype of the stack; zeros where fewer than two vectors are not zero.
@@ -226,11 +232,18 @@ def model_stock(stack: Tensor, *, scope: Scope = "tensor", at: Place = HERE) -> 
     """
     if len(stack) < 2:
         raise RangeError(f"model_stock must be given at least two fine-tunes; got {len(stack)}")
-    return _by_products(stack, lambda products: [stock_factor(products) / len(stack)] * len(stack), scope, at)
+
+    def factors(products: Products) -> Sequence[float]:
+        return [stock_factor(products, extrapolate=extrapolate) / len(stack)] * len(stack)
+
+    return _by_products(stack, factors, scope, at)
 
 
-def stock_factor(products: Products) -> float:
-    """Model Stock's t from the dot products of the vectors, in [0, 1]; 0 where fewer than two are not zero."""
+def stock_factor(products: Products, *, extrapolate: bool = False) -> float:
+    """Model Stock's t from the dot products of the vectors; 0 where fewer than two are not zero.
+
+    In [0, 1], but where it may extrapolate: then 0 only where the formula has no value.
+    """
     n = len(products)
     norms = [math.sqrt(products[i][i]) for i in range(n)]
     cosines = [
@@ -238,8 +251,9 @@ def stock_factor(products: Products) -> float:
         for i in range(n)
         for j in range(i + 1, n)
     ]
-    cosine = max(0.0, min(1.0, sum(cosines) / len(cosines)))
-    return n * cosine / (1 + (n - 1) * cosine)
+    cosine = max(-1.0 if extrapolate else 0.0, min(1.0, sum(cosines) / len(cosines)))
+    below = 1 + (n - 1) * cosine
+    return n * cosine / below if abs(below) > SINGULAR else 0.0
 
 
 def _by_products(stack: Tensor, factors: Callable[[Products], Sequence[float]], scope: Scope, at: Place) -> Tensor:
@@ -251,9 +265,10 @@ def _by_products(stack: Tensor, factors: Callable[[Products], Sequence[float]], 
         return weighted(stack, own) if len(set(own)) > 1 else total(stack).mul_(own[0])
     n = len(stack)
     rows = (stack.flatten(2) if stack.ndim > 2 else stack.reshape(n, 1, -1)).to(torch.float64)
-    products = [[numbers_in((rows[min(i, j)] * rows[max(i, j)]).sum(-1)) for j in range(n)] for i in range(n)]
     if not bool(rows.isfinite().all()):
         raise NonFiniteError("NaN or inf: no statistic can be taken")
+    with single_thread():
+        products = [[numbers_in((rows[min(i, j)] * rows[max(i, j)]).sum(-1)) for j in range(n)] for i in range(n)]
     each = [factors([[products[i][j][k] for j in range(n)] for i in range(n)]) for k in range(rows.shape[1])]
     columns = torch.tensor(each, dtype=torch.float64, device=stack.device).reshape(-1, n).T[..., None]
     found = rows[0] * columns[0]
