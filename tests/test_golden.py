@@ -228,6 +228,7 @@ def test_every_file_is_used():
         "whose_ties",
         "coming_from",
         "matrices",
+        "rebase",
     }  # in their own tests
 
 

@@ -28,6 +28,7 @@ from taskvec.merges import (
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "matrices.json").read_text())
+TRIMMED = partial(ties, density=0.3, scope="tensor", count="reference")
 AS_THEY = {
     "tsv_m": (tsv_m, {}),
     "tsv_m authors": (tsv_m, {}),
@@ -39,6 +40,12 @@ AS_THEY = {
     "wudi adam": (wudi, {"solver": "adam"}),
     "actmat": (actmat, {}),
     "dc_merge": (merges.dc_merge, {}),
+    "star": (star, {}),
+    "knots": (knots, {"inner": TRIMMED}),
+    "knots adapters": (knots, {"inner": TRIMMED}),
+    "core tsv": (core_space, {"inner": tsv_m}),
+    "core iso": (core_space, {"inner": iso_c}),
+    "core cart": (core_space, {"inner": partial(merges.cart, share=0.34)}),
 }
 
 
@@ -58,8 +65,9 @@ def far(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", AS_THEY)
 def test_ours_agrees_with_the_authors_and_with_peers(name):
     rule, options = AS_THEY[name]
-    x = torch.tensor(GOLDEN["inputs"], dtype=torch.float64)
-    expected = torch.tensor(GOLDEN["cases"][name]["output"], dtype=torch.float64)
+    case = GOLDEN["cases"][name]
+    x = torch.tensor(GOLDEN[case.get("inputs", "inputs")], dtype=torch.float64)
+    expected = torch.tensor(case["output"], dtype=torch.float64)
     assert far(rule(x, **options), expected) < 1e-6
     found = merge([{"w": one} for one in x.float()], rule, **options)["w"]
     assert far(found, expected) < 1e-4

@@ -1,11 +1,14 @@
 """One vector for each task, coefficients from norms and layers, and a vector moved to another base."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from test_values import flat, rows_of, sign, vectors
 
 from taskvec import BackdoorVector, TaskVector, load, merge, per_task, rebase, save, schedules
-from taskvec.errors import DegenerateError, MismatchError, MissingError, RangeError
+from taskvec.errors import DegenerateError, MismatchError, MissingError, NonFiniteError, RangeError
 from taskvec.merges import total, weighted
 
 NAMES = ("a", "b", "c")
@@ -161,3 +164,92 @@ def test_between_equal_bases_a_vector_stays_as_it_is():
     assert rebase.orthogonal_shift(vector, old, same).allclose(vector, rtol=0, atol=0)
     with pytest.raises(RangeError, match="'tensor' or 'global'"):
         rebase.orthogonal_shift(vector, old, same, scope="row")
+
+
+def test_descending_keeps_what_lowers_the_loss():
+    old, new, tuned = bases()
+    vector = TaskVector.between(old, tuned)
+    gradient = {name: x - 0.3 for name, x in TaskVector.between(tuned, new).items()}
+    gradient["a"][0, 0] = 0.0
+    for flip in (False, True):
+        moved = rebase.descending(vector, gradient, new, flip=flip)
+        for name, x in vector.items():
+            for one, g, kept in zip(x.flatten(), gradient[name].flatten(), moved[name].flatten(), strict=True):
+                down = -1.0 if g > 0 else 1.0 if g < 0 else 0.0
+                agrees = float(one) * down > 0
+                assert kept == (abs(one) * down if flip else one if agrees else 0.0)
+        assert moved.meta == TaskVector.between(new, tuned).meta
+    slope = sum(float((gradient[name] * x).sum()) for name, x in rebase.descending(vector, gradient, new).items())
+    assert slope < 0
+
+
+def test_descending_needs_the_whole_gradient():
+    old, new, tuned = bases()
+    vector = TaskVector.between(old, tuned)
+    with pytest.raises(MismatchError, match="b"):
+        rebase.descending(vector, {"a": torch.ones(4, 3)}, new)
+    with pytest.raises(NonFiniteError, match="'b'"):
+        rebase.descending(vector, {"a": torch.ones(4, 3), "b": torch.full((5,), torch.nan)}, new)
+
+
+def test_moves_agree_with_the_peers_code():
+    known = json.loads((Path(__file__).parent / "golden" / "rebase.json").read_text())
+    given = {
+        key: {name: torch.tensor(x) for name, x in found.items()}
+        for key, found in known.items()
+        if isinstance(found, dict)
+    }
+    vector, features = TaskVector(given["vector"]), given["features"]
+    new = {name: torch.zeros_like(x) for name, x in vector.items()}
+    for case, flip in (("gradfix normal", False), ("gradfix force", True)):
+        moved = rebase.descending(vector, given["gradient"], new, flip=flip)
+        assert all(torch.equal(moved[name], given[case][name]) for name in vector)
+    into, out = (rebase.alignment(features[f"source {side}"], features[f"target {side}"]) for side in ("in", "out"))
+    moved = rebase.transport(vector, {"w": into}, {"w": out, "b": out}, {"w": torch.zeros(5, 2), "b": torch.zeros(5)})
+    for name in vector:
+        torch.testing.assert_close(moved[name], given["theseus"][name], rtol=1e-5, atol=1e-6)
+
+
+def rotation(n: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).double())[0]
+
+
+def test_an_alignment_finds_the_rotation_between_features():
+    features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double()
+    turn = rotation(5, 1)
+    torch.testing.assert_close(rebase.alignment(features, features @ turn), turn)
+    narrow = rebase.alignment(features, features @ turn[:, :3])
+    assert narrow.shape == (5, 3)
+    torch.testing.assert_close(narrow.T @ narrow, torch.eye(3).double())
+
+
+def test_transport_between_turned_networks_is_exact():
+    """A two-layer network and the same with its hidden features turned: the vector must turn with them."""
+    random = torch.Generator().manual_seed(2)
+    old, tuned = (
+        {name: torch.randn(shape, generator=random).double() for name, shape in {"v": (4, 3), "b": (4,)}.items()}
+        for _ in range(2)
+    )
+    turn, before = rotation(4, 3), rotation(3, 4)
+    new, wanted = ({"v": turn.T @ m["v"] @ before, "b": m["b"] @ turn} for m in (old, tuned))
+    moved = rebase.transport(TaskVector.between(old, tuned), {"v": before}, {"v": turn, "b": turn}, new)
+    for name, x in moved.apply(new).items():
+        torch.testing.assert_close(x, wanted[name])
+    assert moved.meta == TaskVector.between(new, wanted).meta
+
+
+def test_maps_that_do_not_fit_are_refused():
+    vector, one = TaskVector({"w": torch.ones(2, 3), "b": torch.ones(2)}), torch.ones(2, 2)
+    new = {"w": torch.ones(2, 3), "b": torch.ones(2)}
+    with pytest.raises(MismatchError, match="'c'"):
+        rebase.transport(vector, {}, {"c": one}, new)
+    with pytest.raises(MismatchError, match="'w'"):
+        rebase.transport(vector, {"w": torch.eye(3)}, {"b": one}, new)
+    with pytest.raises(MismatchError, match="'w' must be a bias"):
+        rebase.transport(vector, {}, {"w": one}, new)
+    with pytest.raises(MismatchError, match=r"lead from \(2, 2\)"):
+        rebase.transport(vector, {"w": one}, {"w": one}, new)
+    with pytest.raises(MismatchError, match="same samples"):
+        rebase.alignment(torch.ones(3, 2), torch.ones(4, 2))
+    with pytest.raises(NonFiniteError):
+        rebase.alignment(torch.full((3, 2), torch.inf), torch.ones(3, 2))

@@ -48,8 +48,8 @@ def knots(stack: Tensor, *, inner: Inner = TRIMMED, rest: Rest = "mean", matrix:
 
     References:
         [Stoica et al., Model Merging with SVD to Tie the KnOTS, 2024](https://arxiv.org/abs/2410.19735). Cut at the
-        numerical rank; the authors' code cuts at 1e-5 of the largest eigenvalue, and multiplies every vector by the
-        first weight.
+        numerical rank; the authors' code cuts at singular values of 1e-5, whatever the largest is, and multiplies every
+        vector by the first weight.
     """
     return by_matrix(stack, partial(_knots, inner=inner), rest, matrix)
 
