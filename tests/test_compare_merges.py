@@ -1,4 +1,4 @@
-"""The comparison of merges on five image tasks, on an encoder that has hardly been trained, and the one in memory."""
+"""The comparison of merges, on an encoder that has hardly been trained, and the one in memory."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_merges
-from bench import data, zoo
+from bench import data, texts, zoo
 from bench.shapes import vit
 from benchmarks import in_memory
 
@@ -19,6 +19,11 @@ sys.path.pop(0)
 sys.path.pop(0)
 
 from taskvec import TaskVector
+
+
+@pytest.fixture(scope="module")
+def suite(setting):
+    return compare_merges.images(setting)
 
 
 @pytest.fixture(scope="module")
@@ -39,62 +44,72 @@ def test_every_method_makes_something_that_differs_from_the_others(name, vectors
         assert not first.allclose(compare_merges.METHODS[other].merge(vectors), rtol=1e-3)
 
 
-def test_a_row_has_the_best_scale_of_the_grid_on_validation_images(setting, vectors, monkeypatch):
+def test_a_row_has_the_best_scale_of_the_grid_on_validation_images(suite, vectors):
     asked = []
 
-    def accuracy(_, models, part):
-        asked.append(part.__name__)
-        size = float(TaskVector.between(zoo.base(setting), models["mnist"]).norm())
-        return -abs(size - 2 * unit) if part is data.validation else size
+    def accuracy(models, part):
+        asked.append(part)
+        size = float(TaskVector.between(suite.base(), models["mnist"]).norm())
+        return -abs(size - 2 * unit) if part == "validation" else size
 
     unit = float(compare_merges.METHODS["average"].merge(vectors).norm())
-    monkeypatch.setattr(compare_merges, "accuracy", accuracy)
-    row = compare_merges.measured(setting, 0, "average")
+    row = compare_merges.measured(suite._replace(accuracy=accuracy), 0, "average")
     assert row["scale"] == 2.0
     assert row["paper"] == pytest.approx(unit, rel=1e-3)
     assert row["validated"] == pytest.approx(2 * unit, rel=1e-3)
     assert asked == ["validation"] * len(compare_merges.GRID) + ["test"] * 2  # test images after the choice
 
 
-def test_each_tasks_own_vector_is_asked_where_there_are_several(setting, monkeypatch):
+def test_each_tasks_own_vector_is_asked_where_there_are_several(suite):
     seen = []
-    monkeypatch.setattr(compare_merges, "accuracy", lambda _, models, part: seen.append(models) or 0.5)
-    row = compare_merges.measured(setting, 0, "EMR")
+    row = compare_merges.measured(suite._replace(accuracy=lambda models, _: seen.append(models) or 0.5), 0, "EMR")
     assert row["scale"] == 1.0
     assert len({id(params) for params in seen[0].values()}) == len(data.TASKS)
     assert list(seen[0]) == list(data.TASKS)
 
 
-def test_the_accuracy_is_the_mean_over_tasks(setting):
-    base = zoo.base(setting)
-    models = dict.fromkeys(data.TASKS, base)
-    found = compare_merges.accuracy(setting, models, lambda task: data.validation(task, 20))
-    each = [
-        compare_merges.accuracy(setting, {task: base}, lambda task: data.validation(task, 20)) for task in data.TASKS
-    ]
+def test_the_accuracy_is_the_mean_over_tasks(suite, monkeypatch):
+    monkeypatch.setattr(data, "test", lambda task: data.validation(task, 20))
+    models = dict.fromkeys(data.TASKS, suite.base())
+    found = suite.accuracy(models, "test")
+    each = [suite.accuracy({task: suite.base()}, "test") for task in data.TASKS]
     assert found == pytest.approx(sum(each) / 5)
     assert len(set(each)) > 1
 
 
-def test_a_method_with_other_options_is_another_row(setting, monkeypatch):
-    key = compare_merges.key_of(setting, 0, "TIES")
-    assert key != compare_merges.key_of(setting, 1, "TIES")
+def test_texts_are_asked_by_domain(monkeypatch):
+    """The merged model of each domain is asked about that domain's rows alone."""
+    rows = {domain: texts.Rows([domain] * 10, [i % 2 for i in range(10)]) for domain in texts.DOMAINS}
+    split = {domain: texts.Split(*[rows[domain]] * 3) for domain in rows}
+    monkeypatch.setattr(texts, "domains", lambda: split)
+    monkeypatch.setattr(texts, "answers", lambda params, asked, layers: [int(params[asked[0]])] * len(asked))
+    monkeypatch.setitem(compare_merges.ROWS, "test", 3)  # labels 0 1 0
+    suite = compare_merges.domains(texts.Recipe())
+    wrong = dict.fromkeys(texts.DOMAINS, 1)
+    models = {domain: {**wrong, domain: 0} if domain == "nyt" else wrong for domain in texts.DOMAINS}
+    assert suite.accuracy(models, "test") == pytest.approx((3 * 1 / 3 + 2 / 3) / 4)
+    assert suite.tasks == ("movie", "product", "tweets", "nyt")
+
+
+def test_a_method_with_other_options_is_another_row(suite, monkeypatch):
+    key = compare_merges.key_of(suite, 0, "TIES")
+    assert key != compare_merges.key_of(suite, 1, "TIES")
     method = compare_merges.METHODS["TIES"]
     changed = compare_merges.partial(method.merge, density=0.3)
     monkeypatch.setitem(compare_merges.METHODS, "TIES", method._replace(merge=changed))
-    assert key != compare_merges.key_of(setting, 0, "TIES")
+    assert key != compare_merges.key_of(suite, 0, "TIES")
 
 
-def test_the_table_shows_what_is_left_of_the_gain(setting):
+def test_the_table_shows_what_is_left_of_the_gain(suite):
     rows = {"the base": 0.2, "each fine-tune": 0.8, "TIES": 0.5}
     kept = {
-        compare_merges.key_of(setting, seed, name): {
+        compare_merges.key_of(suite, seed, name): {
             "paper": value - 0.1, "validated": value, "scale": 0.5, "seconds": 1.0
         }
         for name, value in rows.items()
         for seed in (0, 1)
     }  # fmt: skip
-    lines = compare_merges.table(setting, [0, 1], [*rows, "PCB"], kept).splitlines()
+    lines = compare_merges.table(suite, [0, 1], [*rows, "PCB"], kept).splitlines()
     assert [line.split()[0] for line in lines[4:]] == ["each", "TIES", "the"]
     assert "PCB" not in lines[5]
     ties = lines[5].split()
@@ -102,14 +117,22 @@ def test_the_table_shows_what_is_left_of_the_gain(setting):
     assert "40.0" in ties
 
 
-def test_the_page_shows_what_the_rows_give():
+@pytest.mark.parametrize(
+    ("suite", "page"),
+    [
+        (compare_merges.images(zoo.Setting("vits")), "merges.txt"),
+        (compare_merges.domains(texts.Recipe()), "merges-texts.txt"),
+    ],
+    ids=["images", "texts"],
+)
+def test_the_page_shows_what_the_rows_give(suite, page):
     path = compare_merges.cells.FOLDER / compare_merges.TABLE
     if not path.exists():
         pytest.skip("the rows are in the repository only")
     kept = compare_merges.cells.read(path)
     names = ["the base", "each fine-tune", *compare_merges.METHODS]
-    page = Path(__file__).parents[1] / "docs" / "tables" / "merges.txt"
-    assert compare_merges.table(zoo.Setting("vits"), [0, 1, 2], names, kept).strip() == page.read_text("utf-8").strip()
+    shown = (Path(__file__).parents[1] / "docs" / "tables" / page).read_text("utf-8")
+    assert compare_merges.table(suite, [0, 1, 2], names, kept).strip() == shown.strip()
 
 
 def test_a_vit_b_has_86_million_entries():

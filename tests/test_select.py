@@ -11,7 +11,8 @@ from torch import Tensor
 
 from taskvec import TaskVector, testing
 from taskvec._engine import pieces, select
-from taskvec._engine.select import EVERYTHING, LOW, NOTHING, Cuts, kept, largest, magnitudes, ranked_columns, turns_of
+from taskvec._engine.ranks import ranked_places
+from taskvec._engine.select import EVERYTHING, LOW, NOTHING, Cuts, kept, largest, magnitudes, turns_of
 from taskvec.rules import HERE, Place
 from taskvec.sparsify import band, topk
 
@@ -166,7 +167,7 @@ def test_where_too_many_keys_are_inside_a_bracket_some_narrow_it(kind, held, mon
 def test_other_devices_take_the_same_keys(dtype, monkeypatch):
     """What runs where there is no numpy, run here: the same cut, and the same order of rows."""
     x, at = half_differences().to(dtype), Place(12345, 1 << 20)
-    wanted = HERE.take(cuts, x[None], 700).keys, ranked_columns(x.reshape(30, 100), at)
+    wanted = HERE.take(cuts, x[None], 700).keys, ranked_places(x.reshape(30, 100), at)
     own_turns, own_magnitudes = select.turns_of, select.magnitudes
 
     def turns_elsewhere(at: Place, count: int, _: torch.device) -> Tensor:
@@ -178,7 +179,7 @@ def test_other_devices_take_the_same_keys(dtype, monkeypatch):
     assert torch.equal(turns_elsewhere(at, 50, x.device), torch.from_numpy(own_turns(at, 50, x.device).astype("int64")))
     monkeypatch.setattr(select, "turns_of", turns_elsewhere)
     monkeypatch.setattr(select, "magnitudes", magnitudes_elsewhere)
-    found = HERE.take(cuts, x[None], 700).keys, ranked_columns(x.reshape(30, 100), at)
+    found = HERE.take(cuts, x[None], 700).keys, ranked_places(x.reshape(30, 100), at)
     assert found[0] == wanted[0]
     assert torch.equal(found[1], wanted[1])
 
@@ -315,19 +316,20 @@ def test_the_order_of_magnitude_bits_is_the_order_of_magnitudes(x):
 
 
 @given(testing.tensors())
-def test_ranked_columns_go_from_the_smallest_to_the_largest(x):
+def test_ranked_places_go_from_the_smallest_to_the_largest(x):
     rows = x.reshape(len(x) if x.ndim > 1 else 1, -1)
-    order = ranked_columns(rows, HERE)
-    assert torch.equal(order.sort(1).values, torch.arange(rows.shape[1]).expand_as(order))
-    assert torch.equal(rows.abs().gather(1, order), rows.abs().sort(1).values)
+    order = ranked_places(rows, HERE)
+    assert torch.equal(order.sort(1).values, torch.arange(rows.numel()).reshape(rows.shape))
+    assert torch.equal(rows.abs().take(order), rows.abs().sort(1).values)
 
 
 def test_equal_entries_of_a_row_come_in_the_order_of_their_turns():
     rows, at = torch.ones(2, 64, dtype=torch.float64), Place(5, 128)
     turns = torch.from_numpy(turns_of(at, 128, rows.device).astype("int64")).reshape(2, 64)
-    assert torch.equal(ranked_columns(rows, at), turns.argsort(1))
-    single = ranked_columns(rows.float(), at)  # the lowest bits of a turn make room for the column
-    assert torch.equal(single, (turns >> 6).argsort(dim=1, stable=True))
+    first = torch.tensor([[0], [64]])
+    assert torch.equal(ranked_places(rows, at), turns.argsort(1) + first)
+    single = ranked_places(rows.float(), at)  # the lowest bits of a turn make room for the column
+    assert torch.equal(single, (turns >> 6).argsort(dim=1, stable=True) + first)
 
 
 def test_turns_of_a_tensor_all_differ_and_are_spread_evenly():

@@ -29,6 +29,7 @@ FLOORS = [
             "_engine.totals",
             "_engine.marks",
             "_engine.select",
+            "_engine.ranks",
             "_engine.buffers",
             "_engine.run",
             "_engine.lazy",
@@ -203,7 +204,7 @@ def calls(tree: ast.AST, names: set[str]) -> list[str]:
     return sorted({name for name in found if name in names})
 
 
-@of_files("_engine.select", "_engine.random", FILE_ROOM)
+@of_files("_engine.select", "_engine.ranks", "_engine.random", FILE_ROOM)
 def test_nothing_moves_between_devices_on_the_sly(path):
     assert calls(parsed(path), {"cpu", "cuda", "numpy"}) == []
 

@@ -1,25 +1,27 @@
-"""Which merges are worth their cost? Every method on five image tasks, at its paper's and at a validated coefficient.
+"""Which merges are worth their cost? Every method on some tasks, at its paper's and at a validated coefficient.
 
     python examples/experiments/compare_merges.py [--encoder vits] [--seeds 0 1 2] [--methods TIES "Iso-C"]
+    python examples/experiments/compare_merges.py --texts             # four domains of sentiment
     python examples/experiments/compare_merges.py --redraw
 
-Five clean fine-tunes of one pre-trained encoder, one for each task, are merged. A model's figure is its mean accuracy
-on the five tasks' test images; "kept" is what is left of the gain of the fine-tunes over the base. The validated
-coefficient is the one of the grid with the best mean accuracy on 500 validation images of each task; the test images
-are read afterwards. Methods that give one vector for each task are asked with that of the task. Rows are kept in
-results/merges.jsonl, with the seconds that the merge took on the machine that ran it; what is missing is measured.
+Clean fine-tunes of one pre-trained encoder, one for each task, are merged. A model's figure is its mean accuracy on the
+tasks' test rows; "kept" is what is left of the gain of the fine-tunes over the base. The validated coefficient is the
+one of the grid with the best mean accuracy on validation rows of each task; the test rows are read afterwards. Methods
+that give one vector for each task are asked with that of the task. Rows are kept in results/merges.jsonl, with the
+seconds that the merge took on the machine that ran it; what is missing is measured.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bench import asking, cells, data, zoo
+from bench import asking, cells, data, texts, zoo
 from bench.progress import progress
 from bench.report import text_table
 from bench.zoo import Setting
@@ -103,56 +105,141 @@ METHODS: dict[str, Method] = {
 }
 
 
-def accuracy(setting: Setting, models: Mapping[str, Params], part: Callable[[str], data.Split]) -> float:
-    """The mean over tasks of each one's model."""
-    ask = asking.remembering(setting)
-    asked = {id(params): asking.model(params) for params in models.values()}
-    hits = [
-        (ask(asked[id(params)], part(task).images, task) == part(task).labels).float().mean().item()
-        for task, params in models.items()
-    ]
-    return fmean(hits)
+# --- what is merged --------------------------------------------------------------------------------------------------
 
 
-def measured(setting: Setting, seed: int, name: str) -> dict[str, float]:
+class Suite(NamedTuple):
+    """Some tasks, a base, its fine-tunes, and how models are asked.
+
+    Attributes:
+        title: of the table.
+        tasks: their names.
+        told: all that the fine-tunes and the answers depend on, for the keys of rows.
+        code: what else a row depends on.
+        base: what the fine-tunes begin with.
+        tuned: `(seed, task)`.
+        accuracy: `(models by task, "validation" or "test")`: the mean over tasks of each one's model.
+        prepare: makes the fine-tunes of some seeds.
+        left_out: names that no fine-tune changes.
+        grid: of coefficients.
+    """
+
+    title: str
+    tasks: Sequence[str]
+    told: Mapping[str, Any]
+    code: tuple[Callable[..., Any], ...]
+    base: Callable[[], Params]
+    tuned: Callable[[int, str], Params]
+    accuracy: Callable[[Mapping[str, Params], str], float]
+    prepare: Callable[[Sequence[int]], None]
+    left_out: Sequence[str] | None = None
+    grid: tuple[float, ...] = GRID
+
+
+def images(setting: Setting) -> Suite:
+    """The five image tasks."""
+
+    def accuracy(models: Mapping[str, Params], part: str) -> float:
+        ask, rows = asking.remembering(setting), getattr(data, part)
+        asked = {id(params): asking.model(params) for params in models.values()}
+        hits = [
+            (ask(asked[id(params)], rows(task).images, task) == rows(task).labels).float().mean().item()
+            for task, params in models.items()
+        ]
+        return fmean(hits)
+
+    return Suite(
+        f"{setting.encoder}, five tasks",
+        data.TASKS,
+        {"setting": zoo.settings(setting)},
+        (zoo.fine_tuned, asking.remembering),
+        partial(zoo.base, setting),
+        lambda seed, task: zoo.fine_tuned(setting, zoo.Recipe(task, seed)),
+        accuracy,
+        lambda seeds: zoo.prepare(setting, zoo.clean(seeds)),
+    )
+
+
+ROWS = {"validation": 250, "test": 600}  # of each domain
+
+
+def domains(recipe: texts.Recipe) -> Suite:
+    """The four domains of sentiment: one label space, one head that all fine-tunes begin with."""
+
+    def accuracy(models: Mapping[str, Params], part: str) -> float:
+        shares: list[float] = []
+        for domain, params in models.items():
+            rows = getattr(texts.domains()[domain], part).part(slice(ROWS[part]))
+            found = texts.answers(params, rows.texts, recipe.layers)
+            shares.append(fmean(x == y for x, y in zip(found, rows.labels, strict=True)))
+        return fmean(shares)
+
+    def tuned(seed: int, domain: str) -> Params:
+        about = {"model": f"{domain} clean {seed}", "edition": 1}  # as in free_lunch.py
+        return texts.fine_tuned(texts.domains()[domain].train, recipe, seed, about)
+
+    def prepare(seeds: Sequence[int]) -> None:
+        with progress("fine-tuning MiniLM", len(seeds) * len(texts.DOMAINS)) as step:
+            for seed, domain in product(seeds, texts.DOMAINS):
+                tuned(seed, domain)
+                step()
+
+    return Suite(
+        f"MiniLM with {recipe.layers} layers, four domains",
+        tuple(texts.DOMAINS),
+        {"recipe": recipe._asdict(), "rows": ROWS},
+        (texts.fine_tuned, texts.answers),
+        partial(texts.base, recipe),
+        tuned,
+        accuracy,
+        prepare,
+        left_out=["*.embeddings.*"] if recipe.frozen_embeddings else None,
+        grid=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0),
+    )
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measured(suite: Suite, seed: int, name: str) -> dict[str, float]:
     """Accuracy at the paper's coefficient and at the validated one, which that was, and seconds."""
-    base = zoo.base(setting)
-    tuned = [zoo.fine_tuned(setting, zoo.Recipe(task, seed)) for task in data.TASKS]
+    base = suite.base()
+    tuned = [suite.tuned(seed, task) for task in suite.tasks]
     if name in ("the base", "each fine-tune"):
-        models = dict(zip(data.TASKS, tuned if name == "each fine-tune" else [base] * len(tuned), strict=True))
-        found = accuracy(setting, models, data.test)
+        models = dict(zip(suite.tasks, tuned if name == "each fine-tune" else [base] * len(tuned), strict=True))
+        found = suite.accuracy(models, "test")
         return {"paper": found, "validated": found, "scale": 1.0, "seconds": 0.0}
-    method, vectors = METHODS[name], [TaskVector.between(base, params) for params in tuned]
+    method, vectors = METHODS[name], [TaskVector.between(base, params, exclude=suite.left_out) for params in tuned]
     start = time.perf_counter()
     merged = method.merge(vectors)
     seconds = time.perf_counter() - start
 
-    def at(scale: float, part: Callable[[str], data.Split]) -> float:
+    def at(scale: float, part: str) -> float:
         each = merged if isinstance(merged, list) else [merged]
         models = [vector.apply(base, scale) for vector in each]
-        return accuracy(setting, dict(zip(data.TASKS, models * (len(data.TASKS) // len(each)), strict=True)), part)
+        return suite.accuracy(dict(zip(suite.tasks, models * (len(suite.tasks) // len(each)), strict=True)), part)
 
-    scale = 1.0 if isinstance(merged, list) else max(GRID, key=lambda s: at(s, data.validation))
+    scale = 1.0 if isinstance(merged, list) else max(suite.grid, key=lambda s: at(s, "validation"))
     return {
-        "paper": at(method.scale, data.test),
-        "validated": at(scale, data.test),
+        "paper": at(method.scale, "test"),
+        "validated": at(scale, "test"),
         "scale": scale,
         "seconds": seconds,
     }
 
 
-def key_of(setting: Setting, seed: int, name: str) -> str:
+def key_of(suite: Suite, seed: int, name: str) -> str:
     """The key of a row: the models, the method with its options and scale, the grid, and the code of the bench."""
-    asked = {"setting": zoo.settings(setting), "seed": seed, "method": name, "grid": list(GRID)}
+    asked = {**suite.told, "seed": seed, "method": name, "grid": list(suite.grid)}
     method = METHODS.get(name)
     of_method = [] if method is None else [cells.code_of(method.merge), method.scale]
-    code = [cells.code_of(f) for f in (zoo.fine_tuned, asking.remembering)]
+    code = [cells.code_of(f) for f in suite.code]
     return cells.key({**asked, "of": of_method, "code": code})
 
 
-def table(setting: Setting, seeds: Sequence[int], names: Sequence[str], kept: Mapping[str, Any]) -> str:
+def table(suite: Suite, seeds: Sequence[int], names: Sequence[str], kept: Mapping[str, Any]) -> str:
     """Means over seeds with intervals."""
-    found = {name: [kept.get(key_of(setting, seed, name)) for seed in seeds] for name in names}
+    found = {name: [kept.get(key_of(suite, seed, name)) for seed in seeds] for name in names}
     whole = {name: rows for name, rows in found.items() if None not in rows}
     low, high = (fmean(row["validated"] for row in whole[name]) for name in ("the base", "each fine-tune"))
     rows: list[list[object]] = []
@@ -174,31 +261,30 @@ def table(setting: Setting, seeds: Sequence[int], names: Sequence[str], kept: Ma
         )
     rows.sort(key=lambda row: -float(row[5]))
     header = ["method", "at the paper's", "scale", "validated", "scales", "kept %", "seconds"]
-    title = (
-        f"{setting.encoder}, five tasks, {len(seeds)} seeds: mean test accuracy, per cent, 95 % t intervals over seeds"
-    )
+    title = f"{suite.title}, {len(seeds)} seeds: mean test accuracy, per cent, 95 % t intervals over seeds"
     return text_table(title, header, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", default="vits")
+    parser.add_argument("--texts", action="store_true", help="four domains of sentiment with MiniLM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--redraw", action="store_true", help="print the table of what is kept; nothing is run")
     given = parser.parse_args()
-    setting = Setting(given.encoder)
+    suite = domains(texts.Recipe()) if given.texts else images(Setting(given.encoder))
     names = ["the base", "each fine-tune", *given.methods]
     path = cells.FOLDER / TABLE
     kept = cells.read(path)
-    todo = [(seed, name) for seed in given.seeds for name in names if key_of(setting, seed, name) not in kept]
+    todo = [(seed, name) for seed in given.seeds for name in names if key_of(suite, seed, name) not in kept]
     if todo and not given.redraw:
-        zoo.prepare(setting, zoo.clean(given.seeds))
+        suite.prepare(given.seeds)
         with progress("merges", len(todo)) as step:
             for seed, name in todo:
-                cells.append(path, key_of(setting, seed, name), [name, seed], measured(setting, seed, name))
+                cells.append(path, key_of(suite, seed, name), [name, seed, suite.title], measured(suite, seed, name))
                 step()
-    print(table(setting, given.seeds, names, cells.read(path)))
+    print(table(suite, given.seeds, names, cells.read(path)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ._engine.pieces import HERE, Look, Place
+from ._engine.random import bernoulli
+from ._engine.ranks import placed, ranked_places, taken
 from ._engine.select import (
     EVERYTHING,
     Count,
@@ -20,7 +22,6 @@ from ._engine.select import (
     kept,
     largest,
     masked,
-    ranked_columns,
 )
 from ._engine.sources import spec_of
 from ._engine.totals import lockstep, numbers_in, over, sum64
@@ -309,16 +310,12 @@ def rank_drop_by(
 ) -> Tensor:
     """`rank_drop` with its factor known."""
     by_rank = _window(density, epsilon, spec_of(x).row, x.device)
-    columns = ranked_columns(x.reshape(-1, len(by_rank)), at)
-    probability = torch.empty(columns.shape, dtype=torch.float64, device=x.device)
-    probability.scatter_(1, columns, by_rank.expand(columns.shape))
-    # 32 random bits, as a number, below probability * 2**32: exact, so the same everywhere
-    uniform = at.bits(seed, x).reshape(columns.shape).to(torch.float64).add_(float(1 << 31))
-    mask = uniform < probability * float(1 << 32)
-    if rescale == "density":
-        probability.clamp_(min=torch.finfo(torch.float64).tiny)  # a probability of 0 leaves nothing to divide
-        x = (x.to(torch.float64) / probability.reshape(x.shape)).to(x.dtype)
-    return _scaled(masked(x, mask.reshape(x.shape)), 1.0, rescale, factor)
+    places = ranked_places(x.reshape(-1, len(by_rank)), at)
+    mask = placed(x.shape, places, bernoulli(taken(at.bits(seed, x.reshape(-1)), places), by_rank))
+    if rescale == "density":  # a probability of 0 leaves nothing to divide
+        by_place = placed(x.shape, places, by_rank.clamp(min=torch.finfo(torch.float64).tiny))
+        x = (x.to(torch.float64) / by_place).to(x.dtype)
+    return _scaled(masked(x, mask), 1.0, rescale, factor)
 
 
 def _window(density: float, epsilon: float, length: int, device: torch.device) -> Tensor:
@@ -345,10 +342,8 @@ def _scaled(survivors: Tensor, density: float, rescale: Rescale, factor: float |
 def _keep_ranks(x: Tensor, at: Place, first: int, stop: int) -> Tensor:
     """Keep the entries whose place in their row, from the largest, is in [first, stop)."""
     length = spec_of(x).row
-    columns = ranked_columns(x.reshape(-1, length), at)
-    mask = torch.zeros(columns.shape, dtype=torch.bool, device=x.device)
-    mask.scatter_(1, columns[:, length - stop : length - first], True)
-    return masked(x, mask.reshape(x.shape))
+    places = ranked_places(x.reshape(-1, length), at)
+    return masked(x, placed(x.shape, places[:, length - stop : length - first], places.new_ones((), dtype=torch.bool)))
 
 
 def __dir__() -> list[str]:  # completion shows what is public

@@ -8,7 +8,7 @@ pseudorandom number generators, 2014), whose n-th state is a multiple of n: a co
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST = 31
 _HALF = 1 << 31
 _WORD = 1 << 32
+_PIECE = 1 << 15  # steps at a time: they stay in the cache, which makes it twice as fast
 
 
 def fold(seed: int, position: int) -> int:
@@ -51,14 +52,18 @@ def key_of(name: str) -> int:
 def random_words(seed: int, key: int, start: int, count: int) -> Any:
     """32 random bits for each of `count` flat indices from `start` on, as a `(count,)` uint32 array on the CPU."""
     first, last = start // 2, -(-(start + count) // 2)
-    words = _steps(1 << max(0, last - first - 1).bit_length())[: last - first] + np.uint64(_state(seed, key, first))
-    spare = np.empty_like(words)
-    for shift, factor in _ROUNDS:
-        np.right_shift(words, np.uint64(shift), out=spare)
-        np.bitwise_xor(words, spare, out=words)
-        np.multiply(words, np.uint64(factor), out=words)
-    np.right_shift(words, np.uint64(_LAST), out=spare)
-    np.bitwise_xor(words, spare, out=words)
+    words = np.empty(last - first, dtype=np.uint64)
+    spare = np.empty(min(len(words), _PIECE), dtype=np.uint64)
+    for begin in range(0, len(words), _PIECE):
+        piece = words[begin : begin + _PIECE]
+        other = spare[: len(piece)]
+        np.add(_steps(_PIECE)[: len(piece)], np.uint64(_state(seed, key, first + begin)), out=piece)
+        for shift, factor in _ROUNDS:
+            np.right_shift(piece, np.uint64(shift), out=other)
+            np.bitwise_xor(piece, other, out=piece)
+            np.multiply(piece, np.uint64(factor), out=piece)
+        np.right_shift(piece, np.uint64(_LAST), out=other)
+        np.bitwise_xor(piece, other, out=piece)
     return words.view(np.uint32)[start - 2 * first : start - 2 * first + count]
 
 
@@ -90,7 +95,7 @@ def _begin(seed: int, key: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "little")
 
 
-@lru_cache(maxsize=4)
+@cache
 def _steps(count: int) -> Any:
     return np.arange(count, dtype=np.uint64) * np.uint64(_STEP)
 
@@ -100,14 +105,27 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-def bernoulli(bits: Tensor, probability: float) -> Tensor:
-    """True with the given probability, from random int32 bits: an integer comparison, the same everywhere."""
-    threshold = round(probability * _WORD) - _HALF
-    if threshold >= _HALF:
-        return torch.ones_like(bits, dtype=torch.bool)
-    if bits.device.type == "cpu":  # numpy compares several times faster
-        return torch.from_numpy(np.less(bits.numpy(), np.int32(threshold)))  # pyright: ignore[reportUnknownMemberType]
-    return bits < threshold
+def bernoulli(bits: Tensor, probability: float | Tensor) -> Tensor:
+    """True with the given probability, from random int32 bits: an integer comparison, the same everywhere.
+
+    Args:
+        bits: any shape, int32.
+        probability: one for all, or float64 that broadcasts to `bits`.
+    """
+    if isinstance(probability, Tensor):
+        limits = (probability * _WORD).ceil().to(torch.int64) - _HALF
+        always = limits >= _HALF
+        found = _below(bits, limits.clamp(max=_HALF - 1).to(torch.int32))
+        return found.logical_or_(always) if bool(always.any()) else found
+    limit = round(probability * _WORD) - _HALF
+    return torch.ones_like(bits, dtype=torch.bool) if limit >= _HALF else _below(bits, limit)
+
+
+def _below(bits: Tensor, limits: Tensor | int) -> Tensor:
+    if bits.device.type != "cpu":
+        return bits < limits
+    known = limits.numpy() if isinstance(limits, Tensor) else np.int32(limits)
+    return torch.from_numpy(np.less(bits.numpy(), known))  # pyright: ignore[reportUnknownMemberType] - numpy is faster
 
 
 def normal(seeds: Sequence[int], key: int, start: int, count: int, device: torch.device) -> Tensor:

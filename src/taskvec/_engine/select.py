@@ -18,7 +18,15 @@ from torch import Tensor
 from ..errors import NonFiniteError, RangeError
 from .pieces import Look, Place, wide
 
-__all__ = ["Count", "Cuts", "check_density", "kept", "largest", "magnitude_of", "masked", "ranked_columns"]
+__all__ = [
+    "Count",
+    "Cuts",
+    "check_density",
+    "kept",
+    "largest",
+    "magnitude_of",
+    "masked",
+]
 
 Count: TypeAlias = Literal["round", "floor", "at_least_one", "reference"]
 """How a density becomes a number of entries: see `kept`."""
@@ -401,46 +409,6 @@ def _key_of(bits: int, turn: int, found: Found, rank: int, with_equals: bool) ->
         return Key(bits)
     missing = rank - found.above
     return Key(bits, turn, 0 if missing == found.equal else sorted(found.names, reverse=True)[missing - 1])
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def ranked_columns(rows: Tensor, at: Place) -> Tensor:
-    """The columns of each row from the smallest magnitude to the largest, `(rows, length)` int64.
-
-    Equal magnitudes come in the order of their turns.
-    """
-    rows = wide(rows.detach())
-    mags, turns = magnitudes(rows), turns_of(at, rows.numel(), rows.device).reshape(rows.shape)
-    _check_rows(mags, 0x7FF0000000000000 if rows.dtype == torch.float64 else 0x7F800000)
-    bits = max(1, (rows.shape[1] - 1).bit_length())
-    if rows.dtype == torch.float64:
-        return (
-            _tensor(np.lexsort((turns, mags), axis=1)) if not isinstance(mags, Tensor) else _sorted_twice(mags, turns)
-        )
-    # one sort of one number that carries all: magnitude, turn, column
-    if isinstance(mags, Tensor):
-        columns = torch.arange(rows.shape[1], device=rows.device)
-        keys = (mags << 32) | (turns >> bits << bits) | columns
-        return keys.sort(dim=1).values & ((1 << bits) - 1)
-    keys = mags.astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= turns & np.uint32(LOW >> bits << bits)
-    keys |= np.arange(rows.shape[1], dtype=np.uint64)
-    keys.sort(axis=1)
-    keys &= np.uint64((1 << bits) - 1)
-    return _tensor(keys.view(np.int64))
-
-
-def _sorted_twice(mags: Tensor, turns: Tensor) -> Tensor:
-    by_turn = turns.argsort(dim=1)
-    return by_turn.gather(1, mags.gather(1, by_turn).argsort(dim=1, stable=True))
-
-
-def _check_rows(mags: Any, infinity: int) -> None:
-    if mags.shape[0] and mags.shape[1] and int(mags.max()) >= infinity:
-        raise NonFiniteError("cannot rank a row that holds NaN or inf; check() lists such tensors")
 
 
 def _tensor(array: Any) -> Tensor:
