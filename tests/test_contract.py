@@ -83,10 +83,16 @@ RULES = [
     Row(merges.ties, {"density": 0.4, "weights": [2, 0.5, 1], "weighted_vote": True, "zero": "majority"},
         {ODD, SCALE}, n=3),
     Row(merges.ties, {"density": 0.4, "scope": "row", "count": "floor"}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.ties, {"density": 0.8, "weights": [2, -2, 1], "weighted_vote": True, "reduce": "weighted_mean"},
+        {ODD, SCALE}, n=3),
+    Row(merges.ties, {"density": 0.8, "weights": [2, -2, 1], "weighted_vote": True, "reduce": "weighted_mean_or_sum"},
+        {ODD, SCALE}, n=3),
     Row(merges.dare, {"density": 0.4, "seed": 3}, {ODD, SCALE}),
     Row(merges.dare, {"density": 0.4, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
     Row(merges.breadcrumbs, {"density": 0.5, "outliers": 0.25}, {ODD, PERMUTATION, SCALE}),
     Row(merges.breadcrumbs, {"density": 0.5, "outliers": 0.25, "scope": "global"}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.breadcrumbs, {"density": 0.8, "outliers": 0.4, "first": "density"}, {ODD, PERMUTATION, SCALE}),
+    Row(merges.breadcrumbs, {"density": 0.8, "outliers": 0.4, "scope": "tensor"}, {ODD, PERMUTATION, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3}, {ODD, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "rescale": "l1"}, {ODD, SCALE}),
     Row(merges.della, {"density": 0.4, "epsilon": 0.3, "seed": 3, "weights": [2, -0.5, 1]}, {ODD, SCALE}, n=3),
@@ -589,8 +595,8 @@ def test_a_preset_pickles_and_shows_its_arguments(name):
 # option names mean the same everywhere
 
 
-NAMES = {"agree", "by", "clamp", "count", "density", "epsilon", "extrapolate", "gram", "off_diagonal", "outliers",
-         "reduce", "rescale", "ridge", "scope", "seed", "steps", "t", "tasks", "threshold", "transposed",
+NAMES = {"agree", "by", "clamp", "count", "density", "epsilon", "extrapolate", "first", "gram", "off_diagonal",
+         "outliers", "reduce", "rescale", "ridge", "scope", "seed", "steps", "t", "tasks", "threshold", "transposed",
          "weighted_vote", "weights", "zero"}  # fmt: skip
 
 

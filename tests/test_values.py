@@ -68,9 +68,13 @@ def above(rows: Rows, threshold: float) -> Rows:
     return [[x if abs(x) >= threshold else 0 for x in row] for row in rows]
 
 
-def band(rows: Rows, density: float, outliers: float, scope: str = "row", count: str = "round") -> Rows:
+def band(
+    rows: Rows, density: float, outliers: float, scope: str = "row", count: str = "round", first: str = "outliers"
+) -> Rows:
     def keep(values: list[float]) -> list[float]:
         n, top = len(values), number(outliers, len(values), count)
+        if first == "density":
+            top = min(top, n - number(density, n, count))
         next_ones = sorted(values, key=abs, reverse=True)[top : top + number(density, n, count)]
         return [x if x in next_ones else 0 for x in values]
 
@@ -163,7 +167,20 @@ def ties(
     trimmed = [topk(rows, density, **trim) for rows in stack]
     factors = weights if weights and weighted_vote else [1] * len(stack)
     voting = [[[w * x for x in row] for row in rows] for w, rows in zip(factors, trimmed, strict=True)]
-    return disjoint_mean(trimmed, elect(voting, by, zero), reduce, weights)
+    winners = elect(voting, by, zero)
+    if not weighted_vote:
+        return disjoint_mean(trimmed, winners, reduce, weights)
+
+    def combine(values: list[float]) -> float:  # a negative weight turns whom it agrees with, too
+        winner, *values = values
+        agree = [(w, x) for w, x in zip(factors, values, strict=True) if x * winner > 0]
+        shares = sum(w for w, _ in agree)
+        if reduce == "weighted_mean" and shares == 0:
+            return 0.0
+        by = {"mean": len(agree), "weighted_mean": shares, "weighted_mean_or_sum": shares or 1, "sum": 1}[reduce]
+        return sum(x for _, x in agree) / (by or 1)
+
+    return by_entry(combine, [winners, *voting])
 
 
 def dare(stack: list[Rows], seed: int, uniforms: Any, weights: Any = None, **options: Any) -> Rows:

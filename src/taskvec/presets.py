@@ -40,18 +40,17 @@ ties_peft = partial(ties, scope="tensor", count="floor", zero="positive")
 """PEFT: per tensor; zeros elect +; weights multiply after the election and the divisor is a count."""
 
 ties_mergekit = partial(
-    ties, scope="tensor", count="at_least_one", zero="positive", weighted_vote=True, reduce="weighted_mean"
+    ties, scope="tensor", count="at_least_one", zero="positive", weighted_vote=True, reduce="weighted_mean_or_sum"
 )
 """mergekit: per tensor, of which at least one entry is kept; zeros elect +; weights vote, and the divisor is the sum of
-those that agree. (Where the weights that agree sum to exactly 0 it divides by nothing; here the result is 0.)"""
+those that agree, or 1 where that is 0."""
 
 breadcrumbs_reference = partial(breadcrumbs, scope="row", count="floor")
 """The Model Breadcrumbs authors' code. Its rows are along the last dimension: the same as here for matrices and
 vectors, not for tensors of more dimensions."""
 
-breadcrumbs_mergekit = partial(breadcrumbs, scope="tensor", count="floor")
-"""mergekit: per tensor. Where both fractions exceed the tensor together, it drops fewer outliers; here fewer are
-kept."""
+breadcrumbs_mergekit = partial(breadcrumbs, scope="tensor", count="floor", first="density")
+"""mergekit: per tensor. Where both fractions exceed the tensor together, fewer outliers are dropped."""
 
 dare_paper = partial(dare, rescale="density")
 """The DARE authors' code (MergeLM), and PEFT: survivors are divided by the density. The vectors are added up."""
@@ -62,7 +61,7 @@ dare_mergekit = partial(dare, rescale="l1")
 della_paper = partial(della, rescale="density")
 """The DELLA authors' code: survivors are divided by their own probability."""
 
-della_mergekit = partial(della, rescale="l1", zero="positive", weighted_vote=True, reduce="weighted_mean")
+della_mergekit = partial(della, rescale="l1", zero="positive", weighted_vote=True, reduce="weighted_mean_or_sum")
 """mergekit: the L1 norm of each tensor is restored; zeros elect +; weights vote and divide, as in its TIES. Its epsilon
 is half the width of the window, which must not touch 0 or 1 there."""
 

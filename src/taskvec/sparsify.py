@@ -5,7 +5,7 @@ a tensor given to such a function directly is its own scope.
 """
 
 from collections.abc import Generator
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -110,9 +110,15 @@ def above(x: Tensor, threshold: float) -> Tensor:
     return masked(x, ~(x.abs() < threshold))
 
 
-def band_cuts(n: int, entries: int, density: float, outliers: float, count: Count = "round") -> Passes:
+First: TypeAlias = Literal["outliers", "density"]
+"""Which fraction of a band is taken in full where both exceed the scope together."""
+
+
+def band_cuts(
+    n: int, entries: int, density: float, outliers: float, count: Count = "round", first: First = "outliers"
+) -> Passes:
     """A statistic: the cuts below which all is dropped, and those above which all is."""
-    top, keep = _band_ranks(entries, density, outliers, count)
+    top, keep = _band_ranks(entries, density, outliers, count, first)
     return (yield from lockstep(largest(n, entries, top + keep), largest(n, entries, top)))
 
 
@@ -124,6 +130,7 @@ def band(
     *,
     scope: Scope = "row",
     count: Count = "round",
+    first: First = "outliers",
     at: Place = HERE,
 ) -> Tensor:
     """Drop the largest magnitudes, then keep the next ones: the mask of Model Breadcrumbs.
@@ -137,12 +144,14 @@ def band(
         outliers: fraction dropped at the top, in [0, 1].
         scope: `"row"` as in the authors' code, `"tensor"` (mergekit) or `"global"`.
         count: `"round"` or `"floor"` (the authors' code, mergekit).
+        first: where both fractions exceed the scope together, `"outliers"` are dropped first and fewer are kept, or
+            the `"density"` is kept first and fewer outliers are dropped (mergekit).
 
     Returns:
         `(*shape)`, the dtype of `x`.
 
     Raises:
-        RangeError: a fraction outside [0, 1].
+        RangeError: a fraction outside [0, 1], an unknown count or first.
         NonFiniteError: NaN or inf.
 
     Examples:
@@ -152,24 +161,28 @@ def band(
     References:
         [Davari and Belilovsky, Model Breadcrumbs, 2023](https://arxiv.org/abs/2312.06795)
     """
-    return band_of_each(x[None], density, outliers, scope, count, at)[0]
+    return band_of_each(x[None], density, outliers, scope, count, first, at)[0]
 
 
-def band_of_each(stack: Tensor, density: float, outliers: float, scope: Scope, count: Count, at: Place) -> Tensor:
+def band_of_each(
+    stack: Tensor, density: float, outliers: float, scope: Scope, count: Count, first: First, at: Place
+) -> Tensor:
     """`band` of every vector of a stack."""
     if scope == "row":
-        top, keep = _band_ranks(spec_of(stack[0]).row, density, outliers, count)
+        top, keep = _band_ranks(spec_of(stack[0]).row, density, outliers, count, first)
         return torch.stack([_keep_ranks(x, at, top, top + keep) for x in stack])
-    within, outside = at.take(band_cuts, stack, density, outliers, count)
+    within, outside = at.take(band_cuts, stack, density, outliers, count, first)
     return within.keep(stack, at).sub_(outside.keep(stack, at))  # what both keep is zero, exactly
 
 
-def _band_ranks(entries: int, density: float, outliers: float, count: Count) -> tuple[int, int]:
+def _band_ranks(entries: int, density: float, outliers: float, count: Count, first: First) -> tuple[int, int]:
     if count == "reference":
         raise RangeError("count must be 'round' or 'floor' for a band; got 'reference'")
+    if first not in get_args(First):
+        raise RangeError(f"first must be 'outliers' or 'density'; got {first!r}")
     check_density(outliers, "outliers")
-    top = kept(outliers, entries, count)
-    return top, min(kept(density, entries, count), entries - top)
+    top, keep = kept(outliers, entries, count), kept(density, entries, count)
+    return (top, min(keep, entries - top)) if first == "outliers" else (min(top, entries - keep), keep)
 
 
 def check_seed(seed: int) -> int:

@@ -12,6 +12,7 @@ from ..errors import RangeError
 from ..rules import Scope, runs
 from ..signs import Zero
 from ..sparsify import (
+    First,
     Passes,
     Rescale,
     band_cuts,
@@ -88,6 +89,7 @@ def breadcrumbs(
     weights: Sequence[float] | None = None,
     scope: Scope = "row",
     count: Count = "round",
+    first: First = "outliers",
     at: Place = HERE,
 ) -> Tensor:
     """Mask both ends of each vector's magnitudes, add the vectors up: Model Breadcrumbs.
@@ -101,12 +103,13 @@ def breadcrumbs(
         weights: n numbers; 1 by default.
         scope: `"row"` as in the authors' code, `"tensor"` (mergekit) or `"global"`.
         count: `"round"` or `"floor"` (the authors' code, mergekit).
+        first: which fraction is taken in full where both exceed the scope together, see `band`.
 
     Returns:
         `(*shape)`, the dtype of the stack.
 
     Raises:
-        RangeError: a fraction outside [0, 1], a wrong number of weights.
+        RangeError: a fraction outside [0, 1], a wrong number of weights, an unknown count or first.
         NonFiniteError: NaN or inf.
 
     Examples:
@@ -116,7 +119,7 @@ def breadcrumbs(
     References:
         [Davari and Belilovsky, Model Breadcrumbs, 2023](https://arxiv.org/abs/2312.06795)
     """
-    masked = band_of_each(stack, density, outliers, scope, count, at)
+    masked = band_of_each(stack, density, outliers, scope, count, first, at)
     return weighted(masked, factors_of(weights, len(stack)))
 
 

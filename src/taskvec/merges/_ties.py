@@ -1,7 +1,7 @@
 """TIES: trim each vector, elect a sign for each entry, combine those that agree."""
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from ._sums import added, factors_of, total
 
 __all__ = ["disjoint_mean", "ties"]
 
-Reduce: TypeAlias = Literal["mean", "sum", "weighted_mean"]
+Reduce: TypeAlias = Literal["mean", "sum", "weighted_mean", "weighted_mean_or_sum"]
 """What is made of the vectors that agree: their sum over their number, their sum, or their weighted sum over the sum of
-their weights."""
+their weights, which may be 0: then nothing, or the sum."""
+
+NO_WEIGHT = 1e-8  # what mergekit takes for a sum of weights that is 0
 
 
 @runs("element")
@@ -35,7 +37,8 @@ def disjoint_mean(
         signs: `(*shape)`, such as `elect(stack)`.
         weights: n numbers multiplied in; 1 by default.
         reduce: `"mean"` divides by the number of those that agree (PEFT), `"weighted_mean"` by the sum of their
-            weights (mergekit; 0 where that is 0), `"sum"` by nothing (BadMerging's and fusion_bench's TIES).
+            weights (0 where that is 0; `"weighted_mean_or_sum"` divides by nothing there, as mergekit), `"sum"` by
+            nothing (BadMerging's and fusion_bench's TIES).
 
     Returns:
         `(*shape)`, the dtype of the stack.
@@ -59,8 +62,8 @@ def _disjoint(
     stack: Tensor, signs: Tensor, factors: Sequence[float], shares: Sequence[float], reduce: Reduce
 ) -> Tensor:
     """Sum `factor * x` over those that agree; a weighted mean divides by the sum of their shares."""
-    if reduce not in ("mean", "sum", "weighted_mean"):
-        raise RangeError(f"reduce must be 'mean', 'sum' or 'weighted_mean'; got {reduce!r}")
+    if reduce not in get_args(Reduce):
+        raise RangeError(f"reduce must be one of {', '.join(map(repr, get_args(Reduce)))}; got {reduce!r}")
     along = (stack * signs).clamp_(min=0)  # positive where a vector agrees; no masks, which cost more
     result = added(along, factors)
     if reduce == "mean":
@@ -68,6 +71,9 @@ def _disjoint(
     elif reduce == "weighted_mean":
         agreeing = added(along.sign_(), shares)
         result = masked(result.div_(agreeing), agreeing != 0)
+    elif reduce == "weighted_mean_or_sum":
+        agreeing = added(along.sign_(), shares)
+        result /= agreeing.masked_fill_(agreeing.abs() < NO_WEIGHT, 1.0)
     return result.mul_(signs)
 
 
