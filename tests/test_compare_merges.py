@@ -154,7 +154,9 @@ def test_the_programs_in_memory_are_given_the_same(monkeypatch):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_program_is_measured_in_seconds_and_shares_of_its_inputs(monkeypatch):
     monkeypatch.setattr(in_memory, "vit", lambda layers: {"w": (60, 40)})
-    given = argparse.Namespace(threads=[torch.get_num_threads()], layers=1, vectors=3, repeats=1)
+    given = argparse.Namespace(
+        threads=[torch.get_num_threads()], layers=1, vectors=3, repeats=1, methods=in_memory.METHODS, tsv=None, iso=None
+    )
     found = in_memory.measure("taskvec", given)
     assert set(found) == set(in_memory.METHODS)
     assert all(seconds > 0 and share >= 0 for seconds, share in found.values())

@@ -57,7 +57,9 @@ def factors(x: Tensor, most: int | None = None, *, beside: float = 0.0) -> tuple
     u, s, v = cast("tuple[Tensor, Tensor, Tensor]", cast("Any", torch.linalg).svd(x, full_matrices=False))
     rank = int((s > smallest(x) * max(beside, float(s[:1].sum()))).sum())
     rank = rank if most is None else min(rank, most)
-    return u[:, :rank], s[:rank], v[:rank]
+    if rank == len(s):
+        return u, s, v
+    return u[:, :rank].clone(), s[:rank].clone(), v[:rank].clone()  # a slice would hold the whole
 
 
 def smallest(x: Tensor) -> float:
