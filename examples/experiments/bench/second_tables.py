@@ -1,0 +1,226 @@
+"""Tables of the second edition: every defense at equal utility, beside the base and its controls."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from taskvec.metrics import Estimate, estimate
+
+from .report import text_table
+
+GAINS = (0.9, 0.75, 0.5)
+CONTROLS, NONE = "controls", "none"
+OURS = "bank: disarm"
+RIVALS = ("ship the base", "shrinking", "clipping", "IBVS, the bank's probe")
+AT = 0.9  # the retained gain of the primary comparison
+WITHIN = 0.01  # of the best validation accuracy that a defense reaches: the rule for its strength
+
+Row = Mapping[str, Any]
+Rows = Mapping[tuple[Any, str], Row]
+"""(cell, defense) -> row."""
+
+
+def fraction(counts: Sequence[int]) -> float:
+    return counts[0] / counts[1]
+
+
+def accuracy(point: Row, part: str, task: str | None = None) -> float:
+    """Of one task, or the mean over tasks."""
+    return fraction(point[part][task]) if task else fmean(map(fraction, point[part].values()))
+
+
+class Reference(NamedTuple):
+    """What gains are measured between, of one cell: the base's and the all-clean merge's accuracy on the task."""
+
+    base: float
+    clean: float
+    base_asr: float
+
+    def gain(self, accuracy: float) -> float:
+        """The retained gain; not a number where the all-clean merge gains nothing."""
+        return (accuracy - self.base) / (self.clean - self.base) if self.clean > self.base else float("nan")
+
+
+def reference(rows: Rows, cell: Any, task: str) -> Reference:
+    base = next(row["base"] for (c, n), row in rows.items() if n == CONTROLS and c._replace(rule=cell.rule) == cell)
+    clean = rows[cell, NONE]["clean"]["0"]
+    return Reference(accuracy(base, "test", task), accuracy(clean, "test", task), fraction(base["asr"]))
+
+
+def points(row: Row, known: Reference, task: str) -> list[tuple[float, float]]:
+    """(retained gain of the task, ASR) by strength, on test rows."""
+    return [(known.gain(accuracy(p, "test", task)), fraction(p["asr"])) for p in row["front"].values()]
+
+
+def at_gain(front: Sequence[tuple[float, float]], wanted: float) -> float | None:
+    """The lowest ASR on a front where at least so much is retained; between neighbors it is linear; None if nowhere."""
+    found = [asr for gain, asr in front if gain >= wanted]
+    for (g0, a0), (g1, a1) in pairwise(front):
+        if (g0 >= wanted) != (g1 >= wanted):
+            found.append(a0 + (a1 - a0) * (wanted - g0) / (g1 - g0))
+    return min(found, default=None)
+
+
+def chosen(row: Row) -> Row:
+    """The point at the largest strength whose validation accuracy is within a point of the best one."""
+    reached = {by: accuracy(p, "validation") for by, p in row["front"].items()}
+    best = max(reached.values())
+    return row["front"][max((by for by, a in reached.items() if a >= best - WITHIN), key=float)]
+
+
+def whole_front(rows: Rows, cell: Any, name: str) -> Row:
+    """A defense's row with the untouched merge as its first point: no defense may be worse than none."""
+    row, untouched = rows[cell, name], rows[cell, NONE]["front"]["0"]
+    return {**row, "front": {"0": untouched, **{by: p for by, p in row["front"].items() if by != "0"}}}
+
+
+def value_at(rows: Rows, cell: Any, name: str, wanted: float, task: str) -> tuple[float, bool]:
+    """ASR in per cent at a retained gain, and whether the defense reaches it; if not, that of no defense."""
+    known = reference(rows, cell, task)
+    if name == "ship the base":
+        return 100 * known.base_asr, False
+    found = at_gain(points(whole_front(rows, cell, name), known, task), wanted)
+    if found is None:
+        return 100 * fraction(rows[cell, NONE]["front"]["0"]["asr"]), False
+    return 100 * found, True
+
+
+def by_world(values: Mapping[Any, float]) -> list[float]:
+    """Means over targets, one for each world: the clusters."""
+    worlds = dict.fromkeys(cell.world for cell in values)
+    return [fmean(v for cell, v in values.items() if cell.world == world) for world in worlds]
+
+
+def by_base(values: Mapping[Any, float]) -> list[float]:
+    bases = dict.fromkeys(cell.world.base for cell in values)
+    return [fmean(v for cell, v in values.items() if cell.world.base == base) for base in bases]
+
+
+def sign_flip(values: Sequence[float]) -> float:
+    """The exact two-sided p of a mean of 0 under flips of the clusters' signs."""
+    size = abs(sum(values)) - 1e-9
+    flips = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((1, -1), repeat=len(values))
+    ]
+    return fmean(flip >= size for flip in flips)
+
+
+def holm(ps: Mapping[Any, float]) -> dict[Any, float]:
+    """Corrected over a family of tests."""
+    found: dict[Any, float] = {}
+    highest = 0.0
+    for i, (name, p) in enumerate(sorted(ps.items(), key=lambda pair: pair[1])):
+        highest = max(highest, min(1.0, (len(ps) - i) * p))
+        found[name] = highest
+    return found
+
+
+def interval(values: Sequence[float]) -> Estimate | str:
+    return estimate(values) if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def defences_table(rows: Rows, names: Sequence[str], attack: str, rule: str, task: str) -> str:
+    """A line for each defense under one attack and merge."""
+    cells = [c for c, n in rows if n == NONE and (c.attack, c.rule) == (attack, rule)]
+    known = {c: reference(rows, c, task) for c in cells}
+    body: list[list[object]] = []
+    base = [100 * k.base_asr for k in known.values()]
+    body.append(
+        [
+            "ship the base",
+            f"{fmean(base):.1f}",
+            "0",
+            f"{100 * fmean(k.base for k in known.values()):.1f}",
+            "-",
+            *["-"] * 6,
+        ]
+    )
+    for name in names:
+        own = [c for c in cells if (c, name) in rows]
+        if not own:
+            continue
+        taken = {c: chosen(whole_front(rows, c, name)) for c in own}
+        at = [[value_at(rows, c, name, wanted, task) for c in own] for wanted in GAINS]
+        by_cell = [dict(zip(own, (v for v, _ in values), strict=True)) for values in at]
+        gains = [known[c].gain(accuracy(p, "test", task)) for c, p in taken.items()]
+        body.append(
+            [
+                name,
+                interval(by_world({c: 100 * fraction(p["asr"]) for c, p in taken.items()})),
+                f"{100 * fmean(gains):.0f}",
+                f"{100 * fmean(accuracy(p, 'test', task) for p in taken.values()):.1f}",
+                f"{100 * fmean(accuracy(p, 'test') for p in taken.values()):.1f}",
+                *(
+                    x
+                    for values, cs in zip(at, by_cell, strict=True)
+                    for x in (interval(by_world(cs)), f"{sum(ok for _, ok in values)}")
+                ),
+            ]
+        )
+    header = [
+        "defence",
+        "ASR",
+        "kept %",
+        "own",
+        "mean",
+        *(x for g in GAINS for x in (f"at {100 * g:.0f} %", "reached")),
+    ]
+    clean = fmean(k.clean for k in known.values())
+    twin = [100 * fraction(rows[c, NONE]["clean"]["0"]["asr"]) for c in cells]
+    n = rows[cells[0], NONE]["front"]["0"]["asr"][1]
+    size = f"{len({c.world for c in cells})} worlds x {len({c.target for c in cells})} targets, n = {n}"
+    title = (
+        f"{attack} BadMerging-on, {task}, {rule}: {size}; "
+        f"all-clean merge: {100 * clean:.1f} % on the task, ASR {fmean(twin):.1f};\n"
+        "ASR, retained gain, accuracy on the task and mean over tasks at the chosen strength; then ASR where so much\n"
+        "of the task's gain is retained, and in how many merges it can be; per cent, 95 % t intervals over worlds"
+    )
+    return text_table(title, header, body)
+
+
+def primary_table(rows: Rows, attack: str, task: str) -> str:
+    """The family of tests that was written down: ours minus each rival at a retained gain of 90 %."""
+    found: dict[tuple[str, str], tuple[list[float], list[float], str]] = {}
+    for rule, rival in product(dict.fromkeys(c.rule for c, _ in rows), RIVALS):
+        cells = [
+            c
+            for c, n in rows
+            if n == OURS and (c.attack, c.rule) == (attack, rule) and ((c, rival) in rows or rival == RIVALS[0])
+        ]
+        if not cells:
+            continue
+        both = {c: [value_at(rows, c, name, AT, task) for name in (OURS, rival)] for c in cells}
+        values = {c: ours[0] - theirs[0] for c, (ours, theirs) in both.items()}
+        counts = [sum(pair[i][1] for pair in both.values()) for i in (0, 1)]
+        reached = f"{counts[0]}, {counts[1]} of {len(both)}"
+        found[rule, rival] = by_world(values), by_base(values), reached
+    corrected = holm({name: sign_flip(worlds) for name, (worlds, _, _) in found.items()})
+    body = [
+        [rule, rival, interval(worlds), interval(bases), f"{corrected[rule, rival]:.4f}", reached]
+        for (rule, rival), (worlds, bases, reached) in found.items()
+    ]
+    title = f"{attack}: ASR of '{OURS}' minus the rival's where {100 * AT:.0f} % of the task's gain is retained, points"
+    return text_table(title, ["merge", "rival", "over worlds", "over bases", "p (Holm)", "reached"], body)
+
+
+def flags_table(rows: Rows, attack: str, task: str) -> str:
+    """Whom the bank flags, by merges."""
+    own = [row for (c, n), row in rows.items() if n == OURS and c.attack == attack and c.rule == "task arithmetic"]
+    if not own:
+        return ""
+    right, more = sum(task in row["flagged"] for row in own), sum(bool(set(row["flagged"]) - {task}) for row in own)
+    return (
+        f"\n{attack}: the bank flags the attacker in {right} of {len(own)} merges, somebody else in {more}; "
+        f"somebody in {sum(bool(row['false']) for row in own)} of {len(own)} all-clean merges"
+    )
+
+
+def tables(rows: Rows, names: Sequence[str], task: str) -> str:
+    """Everything that is there."""
+    whole = {key: row for key, row in rows.items() if key[1] == CONTROLS or (key[0], NONE) in rows}
+    attacks = list(dict.fromkeys(c.attack for c, n in whole if n == NONE))
+    parts = [primary_table(whole, attack, task) + flags_table(whole, attack, task) for attack in attacks]
+    rules = list(dict.fromkeys(c.rule for c, n in whole if n == NONE))
+    parts += [defences_table(whole, names, attack, rule, task) for attack in attacks for rule in rules]
+    return "\n".join(parts)
