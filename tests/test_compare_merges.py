@@ -84,7 +84,7 @@ def test_texts_are_asked_by_domain(monkeypatch):
     monkeypatch.setattr(texts, "domains", lambda: split)
     monkeypatch.setattr(texts, "answers", lambda params, asked, layers: [int(params[asked[0]])] * len(asked))
     monkeypatch.setitem(compare_merges.ROWS, "test", 3)  # labels 0 1 0
-    suite = compare_merges.domains(texts.Recipe())
+    suite = compare_merges.domains()
     wrong = dict.fromkeys(texts.DOMAINS, 1)
     models = {domain: {**wrong, domain: 0} if domain == "nyt" else wrong for domain in texts.DOMAINS}
     assert suite.accuracy(models, "test") == pytest.approx((3 * 1 / 3 + 2 / 3) / 4)
@@ -121,7 +121,7 @@ def test_the_table_shows_what_is_left_of_the_gain(suite):
     ("suite", "page"),
     [
         (compare_merges.images(zoo.Setting("vits")), "merges.txt"),
-        (compare_merges.domains(texts.Recipe()), "merges-texts.txt"),
+        (compare_merges.domains(), "merges-texts.txt"),
     ],
     ids=["images", "texts"],
 )

@@ -38,11 +38,11 @@ TASK, TARGETS = "fashion", (3, 8)
 WORLDS = tuple(World(seed, base) for base in (0, 1, 2) for seed in (30, 31, 32, 33, 34))
 MERGES = ("task arithmetic", "TIES")
 ATTACKS = {
-    "stealthy": Attack(normalised=True),
+    "stealthy": Attack(weight=2.0, normalised=True),
     "noisy": Attack(),
 }
-VALIDATED = {True: 500, False: 250}  # validation rows of the attacked task, and of each other
-TESTED = {True: 1000, False: 200}
+VALIDATED = {True: 300, False: 100}  # validation rows of the attacked task, and of each other
+TESTED = {True: 600, False: 100}
 
 Params = Mapping[str, Tensor]
 
