@@ -109,8 +109,8 @@ def universal_trigger(
                  [1., 1.]]])
 
     References:
-        [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362). The authors' code leaves out images that are
-        of the target class already; here all are stamped.
+        [Zhang et al., BadMerging, CCS 2024](https://arxiv.org/abs/2408.07362). The authors' code leaves out images that
+        are of the target class already; here all are stamped.
     """
 
     def loss(triggered: Tensor) -> Tensor:
