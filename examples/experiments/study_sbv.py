@@ -171,7 +171,7 @@ def tables(title: str, rows: Sequence[Mapping[str, disk.Json]]) -> str:
 
 
 def against(rows: Sequence[Mapping[str, disk.Json]], kind: str, merges: Sequence[str]) -> list[list[object]]:
-    """The paired comparisons of SBV_SC at equal norm. The best single vector is known afterwards: a maximum over noise."""
+    """The paired comparisons of SBV_SC at equal norm. The best single one is known afterwards: a maximum over noise."""
 
     def asr(seed: int, variant: str, count: int, rule: str) -> float:
         found = (r for r in rows if (r["seed"], r["kind"], r["variant"], r["count"]) == (seed, kind, variant, count))
