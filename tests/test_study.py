@@ -272,7 +272,7 @@ def test_a_statistic_may_tell_by_being_high_or_low():
 
 
 def row(asr: int, accuracy: int, strength: float, front: dict[str, tuple[float, float]]) -> dict:
-    draw = {"asr": [asr, 100], "clean_merge": [5, 100], "accuracy": {"mnist": [accuracy, 100]}}
+    draw = {"asr": [asr, 100], "clean_merge": [5, 100], "base": [3, 100], "accuracy": {"mnist": [accuracy, 100]}}
     points = {by: {"accuracy": a, "asr": r} for by, (a, r) in front.items()}
     return {"task": "mnist", "strength": strength, "front": points, "draws": [draw]}
 
@@ -310,10 +310,22 @@ def test_the_glance_has_every_attack_in_its_column_and_says_what_is_not_there():
     lines = tables.glance("title", rows).splitlines()
     assert lines[3].split() == ["defence", "BadNets", "SBV"]
     assert [line.split() for line in lines[4:]] == [
+        ["ship", "the", "base", "3", "3"],
         ["none", "90", "(5)", "90", "(5)"],
         ["IBVS", "-", "80", "(5)"],
         ["ours", "10", "(5)", "10", "(5)"],
     ]
+
+
+@pytest.mark.parametrize("encoder", ["vits", "vit7"])
+def test_the_page_shows_what_the_cells_give(encoder):
+    kept = cells.read(cells.FOLDER / study.TABLE)
+    if not kept:
+        pytest.skip("the cells are in the repository only")
+    wanted = study.kept_cells(encoder, "animal")
+    rows = {cell: found for cell in wanted if (found := study.earlier(cells.FOLDER, cell, kept))}
+    for page, text in study.pages(f"{encoder}, the attacked task is animal", rows).items():
+        assert (Path(__file__).parents[1] / "docs" / "tables" / page).read_text("utf-8") == text
 
 
 def test_a_run_of_some_cells_keeps_the_others_in_the_tables(measured, tmp_path, monkeypatch, capsys):

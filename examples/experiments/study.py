@@ -229,11 +229,32 @@ def finish(folder: Path, title: str, wanted: Sequence[Cell], pictures: Path | No
     kept = cells.read(folder / TABLE)
     rows = {cell: found for cell in wanted if (found := earlier(folder, cell, kept))}
     print(tables.everything(title, rows), tables.glance(title, rows), sep="\n")
+    if pictures and folder != QUICK:
+        for page, text in pages(title, rows).items():
+            (pictures.parent / "tables" / page).write_text(text, "utf-8")
     for attack in tables.named(rows)[0] if pictures else []:
         first = next(iter(rows))
         name = f"{first.encoder}-{first.task}-{attack.replace(' ', '-')}"
         if folder == QUICK or name in SHOWN:
             tables.draw(pictures / f"study-{name}.png", rows, attack)
+
+
+def pages(title: str, rows: Mapping[Cell, Rows]) -> dict[str, str]:
+    """The tables of the docs that are of these rows: file -> text."""
+    shown = {"vit7": ("", tables.everything), "vits": ("-glance", tables.glance)}
+    first = next(iter(rows))
+    if first.task != "animal" or first.encoder not in shown:
+        return {}
+    suffix, text = shown[first.encoder]
+    return {f"study-{first.encoder}-animal{suffix}.txt": text(title, rows).strip() + "\n"}
+
+
+def kept_cells(encoder: str, task: str, attacks: Sequence[str] = ()) -> list[Cell]:
+    """Every cell that the tables of an encoder and a task are of, whichever a run was for."""
+    whole = tuple(dict.fromkeys([*DEFENCES, *TWINS]))
+    found = product(SEEDS, TARGETS, dict.fromkeys([*ATTACKERS, *attacks]))
+    bank = defenders.Bank()
+    return [Cell(encoder, task, target, seed, attack, tuple(RULES), whole, bank) for seed, target, attack in found]
 
 
 def options() -> argparse.Namespace:
@@ -285,13 +306,12 @@ def main() -> None:
     if not given.tables:
         with zoo.workforce(given.workers) as executor:
             run(folder, every(names, targets, seeds), executor)
-    # the tables are of every cell that there is, whichever of them this run was for
+    rules = tuple(dict.fromkeys([*RULES, *merges]))
     shown = (
-        every(names, targets, seeds)
+        [cell._replace(merges=rules) for cell in every(names, targets, seeds)]
         if given.quick
-        else every(tuple(dict.fromkeys([*ATTACKERS, *names])), TARGETS, SEEDS)
+        else [cell._replace(merges=rules, defences=whole) for cell in kept_cells(encoder, given.task, names)]
     )
-    shown = [cell._replace(merges=tuple(dict.fromkeys([*RULES, *merges]))) for cell in shown]
     finish(folder, f"{encoder}, the attacked task is {given.task}", shown, given.pictures)
     print(f"{time.monotonic() - start:.0f} s")
 
