@@ -35,7 +35,7 @@ from taskvec.metrics import spectrum
 
 TABLE = "primary.jsonl"
 TASK, TARGETS = "fashion", (3, 8)
-WORLDS = tuple(World(seed, base) for base in (0, 1, 2) for seed in (30, 31, 32, 33, 34))
+WORLDS = tuple(World(seed, base) for seed in (30, 31, 32, 33, 34) for base in (0, 1, 2))
 MERGES = ("task arithmetic", "TIES")
 ATTACKS = {
     "stealthy": Attack(weight=2.0, normalised=True),
