@@ -5,7 +5,7 @@ defender's, and the seeds of all who train. An `Attack` is what one contributor 
 too, of the defender's half, with another size and place.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
@@ -240,6 +240,3 @@ def everything(worlds: Iterable[World], task: str, attacks: Mapping[Attack, Iter
         found += [*contributors(world).values(), *others(world, task, 2), *(own.twin() for own in probes), *probes]
         found += [Job(world, task, attack=a, target=target) for a, targets in attacks.items() for target in targets]
     return list(dict.fromkeys(found))
-
-
-Make = Callable[[Job], object]
