@@ -1,7 +1,7 @@
 """The second edition of the study: what a world draws, and what its tables make of fronts."""
 
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,16 @@ def test_sign_flips_and_holm():
 
 def test_a_merge_without_gain_is_not_a_number():
     assert second_tables.Reference(0.8, 0.8, 0.1).gain(0.9) != second_tables.Reference(0.8, 0.8, 0.1).gain(0.9)
+
+
+def test_the_page_shows_what_the_rows_give():
+    if not (primary.cells.FOLDER / primary.TABLE).exists():
+        pytest.skip("the rows are in the repository only")
+    wanted = [
+        primary.Cell(*found) for found in product(primary.WORLDS, primary.TARGETS, primary.ATTACKS, primary.MERGES)
+    ]
+    page = Path(__file__).parents[1] / "docs" / "tables" / "primary.txt"
+    assert page.read_text("utf-8").strip() == primary.kept_tables(wanted).strip()
 
 
 # defenses

@@ -327,6 +327,13 @@ def train(jobs: Sequence[Job], workers: int) -> None:
         zoo.at_once(pool, "attacks and probes", second.model, [job for job in jobs if job.attack is not None])
 
 
+def kept_tables(wanted: Sequence[Cell]) -> str:
+    """The tables of all rows that there are of some cells."""
+    kept = cells.read(cells.FOLDER / TABLE)
+    rows = {(c, n): kept[key] for c in wanted for n in ("controls", *DEFENCES) if (key := key_of(c, n)) in kept}
+    return tables(rows, list(DEFENCES), TASK)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one world, one target, the stealthy attack")
@@ -353,9 +360,7 @@ def main() -> None:
             with workforce(given.workers) as pool, progress("cells", len(todo)) as step:
                 for _ in pool.map(partial(fill, names=names), todo):
                     step()
-    kept = cells.read(cells.FOLDER / TABLE)
-    rows = {(c, n): kept[key] for c in wanted for n in names if (key := key_of(c, n)) in kept}
-    print(tables(rows, list(DEFENCES), TASK))
+    print(kept_tables(wanted))
     print(f"{time.monotonic() - start:.0f} s")
 
 

@@ -31,11 +31,19 @@ def accuracy(point: Row, part: str, task: str | None = None) -> float:
 
 
 class Reference(NamedTuple):
-    """What gains are measured between, of one cell: the base's and the all-clean merge's accuracy on the task."""
+    """What gains are measured between, of one cell.
+
+    Attributes:
+        base: the base's accuracy on the task.
+        clean: that of the all-clean merge.
+        base_asr: of the base.
+        base_mean: the base's mean accuracy over tasks.
+    """
 
     base: float
     clean: float
     base_asr: float
+    base_mean: float = float("nan")
 
     def gain(self, accuracy: float) -> float:
         """The retained gain; not a number where the all-clean merge gains nothing."""
@@ -45,7 +53,9 @@ class Reference(NamedTuple):
 def reference(rows: Rows, cell: Any, task: str) -> Reference:
     base = next(row["base"] for (c, n), row in rows.items() if n == CONTROLS and c._replace(rule=cell.rule) == cell)
     clean = rows[cell, NONE]["clean"]["0"]
-    return Reference(accuracy(base, "test", task), accuracy(clean, "test", task), fraction(base["asr"]))
+    return Reference(
+        accuracy(base, "test", task), accuracy(clean, "test", task), fraction(base["asr"]), accuracy(base, "test")
+    )
 
 
 def points(row: Row, known: Reference, task: str) -> list[tuple[float, float]]:
@@ -120,59 +130,46 @@ def interval(values: Sequence[float]) -> Estimate | str:
     return estimate(values) if len(values) > 1 else f"{values[0]:.1f}"
 
 
+def base_line(known: Sequence[Reference]) -> list[object]:
+    """Shipping the base, which retains nothing."""
+    means = [100 * fmean(values) for values in zip(*((k.base_asr, k.base, k.base_mean) for k in known), strict=True)]
+    return ["ship the base", f"{means[0]:.1f}", "0", *(f"{m:.1f}" for m in means[1:]), *["-"] * 6, len(known)]
+
+
+def defence_line(rows: Rows, cells: Sequence[Any], name: str, task: str) -> list[object]:
+    """A defense at its chosen strength, and at equal utility."""
+    points_taken = {c: chosen(whole_front(rows, c, name)) for c in cells}
+    own = {c: accuracy(p, "test", task) for c, p in points_taken.items()}
+    gains = [reference(rows, c, task).gain(a) for c, a in own.items()]
+    at_gains: list[object] = []
+    for wanted in GAINS:
+        found = {c: value_at(rows, c, name, wanted, task) for c in cells}
+        at_gains += [interval(by_world({c: v for c, (v, _) in found.items()})), sum(ok for _, ok in found.values())]
+    return [
+        name,
+        interval(by_world({c: 100 * fraction(p["asr"]) for c, p in points_taken.items()})),
+        f"{100 * fmean(gains):.0f}",
+        f"{100 * fmean(own.values()):.1f}",
+        f"{100 * fmean(accuracy(p, 'test') for p in points_taken.values()):.1f}",
+        *at_gains,
+        len(cells),
+    ]
+
+
 def defences_table(rows: Rows, names: Sequence[str], attack: str, rule: str, task: str) -> str:
     """A line for each defense under one attack and merge."""
     cells = [c for c, n in rows if n == NONE and (c.attack, c.rule) == (attack, rule)]
-    known = {c: reference(rows, c, task) for c in cells}
-    body: list[list[object]] = []
-    base = [100 * k.base_asr for k in known.values()]
-    body.append(
-        [
-            "ship the base",
-            f"{fmean(base):.1f}",
-            "0",
-            f"{100 * fmean(k.base for k in known.values()):.1f}",
-            "-",
-            *["-"] * 6,
-        ]
-    )
-    for name in names:
-        own = [c for c in cells if (c, name) in rows]
-        if not own:
-            continue
-        taken = {c: chosen(whole_front(rows, c, name)) for c in own}
-        at = [[value_at(rows, c, name, wanted, task) for c in own] for wanted in GAINS]
-        by_cell = [dict(zip(own, (v for v, _ in values), strict=True)) for values in at]
-        gains = [known[c].gain(accuracy(p, "test", task)) for c, p in taken.items()]
-        body.append(
-            [
-                name,
-                interval(by_world({c: 100 * fraction(p["asr"]) for c, p in taken.items()})),
-                f"{100 * fmean(gains):.0f}",
-                f"{100 * fmean(accuracy(p, 'test', task) for p in taken.values()):.1f}",
-                f"{100 * fmean(accuracy(p, 'test') for p in taken.values()):.1f}",
-                *(
-                    x
-                    for values, cs in zip(at, by_cell, strict=True)
-                    for x in (interval(by_world(cs)), f"{sum(ok for _, ok in values)}")
-                ),
-            ]
-        )
-    header = [
-        "defence",
-        "ASR",
-        "kept %",
-        "own",
-        "mean",
-        *(x for g in GAINS for x in (f"at {100 * g:.0f} %", "reached")),
-    ]
-    clean = fmean(k.clean for k in known.values())
-    twin = [100 * fraction(rows[c, NONE]["clean"]["0"]["asr"]) for c in cells]
-    n = rows[cells[0], NONE]["front"]["0"]["asr"][1]
-    size = f"{len({c.world for c in cells})} worlds x {len({c.target for c in cells})} targets, n = {n}"
+    known = [reference(rows, c, task) for c in cells]
+    measured = {name: own for name in names if (own := [c for c in cells if (c, name) in rows])}
+    body = [base_line(known), *(defence_line(rows, own, name, task) for name, own in measured.items())]
+    at_gains = (x for g in GAINS for x in (f"at {100 * g:.0f} %", "reached"))
+    header = ["defence", "ASR", "kept %", "own", "mean", *at_gains, "merges"]
+    untouched = [rows[c, NONE] for c in cells]
+    twin = fmean(100 * fraction(row["clean"]["0"]["asr"]) for row in untouched)
+    size = f"{len({c.world for c in cells})} worlds x {len({c.target for c in cells})} targets"
     title = (
-        f"{attack} BadMerging-on, {task}, {rule}: {size}; "
-        f"all-clean merge: {100 * clean:.1f} % on the task, ASR {fmean(twin):.1f};\n"
+        f"{attack} BadMerging-on, {task}, {rule}: {size}, n = {untouched[0]['front']['0']['asr'][1]}; "
+        f"all-clean merge: {100 * fmean(k.clean for k in known):.1f} % on the task, ASR {twin:.1f};\n"
         "ASR, retained gain, accuracy on the task and mean over tasks at the chosen strength; then ASR where so much\n"
         "of the task's gain is retained, and in how many merges it can be; per cent, 95 % t intervals over worlds"
     )
