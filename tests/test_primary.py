@@ -108,7 +108,10 @@ def rows():
         cell = primary.Cell(World(seed, seed), 3, "stealthy", "TIES")
         clean = {"0": point(0.8, 0.8, 0.02)}
         undefended = point(0.79, 0.78, 0.9)
-        found[cell._replace(rule="task arithmetic"), "controls"] = {"base": point(0.4, 0.4, 0.05)}
+        found[cell._replace(rule="task arithmetic"), "controls"] = {
+            "base": point(0.4, 0.4, 0.05),
+            "clean model": point(0.9, 0.9, 0.01),
+        }
         found[cell, "none"] = {"front": {"0": undefended}, "clean": clean, "flagged": [], "false": []}
         shrunk = {"0.5": point(0.7, 0.6, 0.3), "1": point(0.4, 0.4, 0.05)}
         found[cell, "shrinking"] = {"front": shrunk, "clean": clean, "flagged": [], "false": []}
@@ -145,6 +148,7 @@ def test_the_strength_is_the_largest_within_a_point_of_the_best(rows):
 def test_the_tables_show_the_base_and_what_was_reached(rows):
     text = second_tables.tables(rows, list(primary.DEFENCES), "fashion")
     assert "ship the base" in text
+    assert "clean single model: ASR 1.0" in text
     line = next(line for line in text.splitlines() if line.startswith("TIES") and "ship the base" in line)
     assert line.split()[-4:] == ["2,", "0", "of", "2"]
     assert "the bank flags the attacker" not in text  # counted under task arithmetic

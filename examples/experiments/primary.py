@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench import cells, data, second, zoo
+from bench.defenders import Defence
 from bench.encoders import features
 from bench.heads import logits
 from bench.merges import RULES, Rule
@@ -175,20 +176,12 @@ def oracle(scene: Scene, by: float) -> Params:
     return merged(scene, {scene.task: scene.vectors[scene.task] - scene.planted * by})
 
 
-class Defence(NamedTuple):
-    """What it is given, what it does at a strength, and at which."""
-
-    given: str
-    defend: Callable[[Scene, float], Params]
-    strengths: tuple[float, ...] = (0.0,)
-
-
 SHRINKS = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 BEYOND = (1.0, *(1 + by for by in SHRINKS))
 SCALES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 BANK = "10 images a class of the task, the head, the attack's recipe"
 DEFENCES: dict[str, Defence] = {
-    "none": Defence("nothing", nothing),
+    "none": Defence("nothing", nothing, (0.0,)),
     "shrinking": Defence("the base", shrinking, SHRINKS),
     "clipping": Defence("nothing", clipping, SHRINKS),
     "IBVS, the bank's probe": Defence(BANK, subtracting, SCALES),
@@ -305,7 +298,6 @@ def key_of(cell: Cell, name: str) -> str:
 
 def fill(cell: Cell, names: Sequence[str]) -> None:
     """Measure the rows of a cell that are not there, each written when it is measured."""
-    torch.set_num_threads(1)
     path = cells.FOLDER / TABLE
     kept = cells.read(path)
     for name in names:
@@ -318,7 +310,7 @@ def fill(cell: Cell, names: Sequence[str]) -> None:
 
 
 def train(jobs: Sequence[Job], workers: int) -> None:
-    """Train what is missing, side by side; patches first belong to the models that need them."""
+    """Train what is missing, side by side, clean models first: probes and attacks are compared with them."""
     for world in dict.fromkeys(job.world for job in jobs):
         zoo.prepare(world.setting, [])
     with workforce(workers) as pool:

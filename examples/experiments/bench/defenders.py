@@ -6,7 +6,7 @@ data that no contributor has, with seeds from 100 on: no trigger, clean twin, se
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +75,10 @@ class Scene(NamedTuple):
 
 
 class Defence(NamedTuple):
-    """What is done, what it takes, and how strongly it may be done."""
+    """What is done to a scene, what it takes, and how strongly it may be done."""
 
     given: str
-    defend: Callable[[Scene, float], Params]
+    defend: Callable[[Any, float], Mapping[str, Tensor]]
     strengths: tuple[float, ...] = ()
 
 

@@ -50,9 +50,13 @@ class Reference(NamedTuple):
         return (accuracy - self.base) / (self.clean - self.base) if self.clean > self.base else float("nan")
 
 
+def controls(rows: Rows, cell: Any) -> Row:
+    """The base and the clean single model, which no merge has a part in."""
+    return next(row for (c, n), row in rows.items() if n == CONTROLS and c._replace(rule=cell.rule) == cell)
+
+
 def reference(rows: Rows, cell: Any, task: str) -> Reference:
-    base = next(row["base"] for (c, n), row in rows.items() if n == CONTROLS and c._replace(rule=cell.rule) == cell)
-    clean = rows[cell, NONE]["clean"]["0"]
+    base, clean = controls(rows, cell)["base"], rows[cell, NONE]["clean"]["0"]
     return Reference(
         accuracy(base, "test", task), accuracy(clean, "test", task), fraction(base["asr"]), accuracy(base, "test")
     )
@@ -166,10 +170,12 @@ def defences_table(rows: Rows, names: Sequence[str], attack: str, rule: str, tas
     header = ["defence", "ASR", "kept %", "own", "mean", *at_gains, "merges"]
     untouched = [rows[c, NONE] for c in cells]
     twin = fmean(100 * fraction(row["clean"]["0"]["asr"]) for row in untouched)
+    single = fmean(100 * fraction(controls(rows, c)["clean model"]["asr"]) for c in cells)
     size = f"{len({c.world for c in cells})} worlds x {len({c.target for c in cells})} targets"
     title = (
         f"{attack} BadMerging-on, {task}, {rule}: {size}, n = {untouched[0]['front']['0']['asr'][1]}; "
-        f"all-clean merge: {100 * fmean(k.clean for k in known):.1f} % on the task, ASR {twin:.1f};\n"
+        f"all-clean merge: {100 * fmean(k.clean for k in known):.1f} % on the task, ASR {twin:.1f}; "
+        f"clean single model: ASR {single:.1f};\n"
         "ASR, retained gain, accuracy on the task and mean over tasks at the chosen strength; then ASR where so much\n"
         "of the task's gain is retained, and in how many merges it can be; per cent, 95 % t intervals over worlds"
     )

@@ -13,7 +13,7 @@ MOST = 24
 
 # The C library of Linux gives freed blocks above a threshold back to the system, and raises the threshold to the size
 # of the largest that was freed so, up to 32 MB. Freeing one of that size, which was never touched, makes the blocks of
-# a merge stay: half of the time of a sort, and of most that is shorter than one, was spent on fresh pages.
+# a merge stay: nearly half of the time of ranking, and of what is as short, was spent on fresh pages.
 torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 

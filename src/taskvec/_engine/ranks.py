@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .pieces import Place, wide
-from .select import LOW, magnitudes, turns_of
+from .select import LOW, as_tensor, magnitudes, turns_of
 
 __all__ = ["placed", "ranked_places", "taken"]
 
@@ -25,7 +25,9 @@ def ranked_places(rows: Tensor, at: Place) -> Tensor:
     bits = max(1, (length - 1).bit_length())
     firsts = torch.arange(count, device=rows.device)[:, None] * length
     if rows.dtype == torch.float64:
-        columns = _sorted_twice(mags, turns) if isinstance(mags, Tensor) else _tensor(np.lexsort((turns, mags), axis=1))
+        columns = (
+            _sorted_twice(mags, turns) if isinstance(mags, Tensor) else as_tensor(np.lexsort((turns, mags), axis=1))
+        )
         return columns + firsts
     # one sort of one number that carries all: magnitude, turn, column
     if isinstance(mags, Tensor):
@@ -39,7 +41,7 @@ def ranked_places(rows: Tensor, at: Place) -> Tensor:
     keys.sort(axis=1)
     keys &= np.uint64((1 << bits) - 1)
     keys += firsts.numpy().astype(np.uint64)
-    return _tensor(keys.view(np.int64))
+    return as_tensor(keys.view(np.int64))
 
 
 def _sorted_twice(mags: Tensor, turns: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def taken(x: Tensor, places: Tensor) -> Tensor:
     """The entries of a flat tensor at some places, shaped as those."""
     if x.device.type != "cpu":
         return x[places]
-    return _tensor(x.numpy().take(places.numpy()))  # several times faster
+    return as_tensor(x.numpy().take(places.numpy()))  # several times faster
 
 
 def placed(shape: torch.Size, places: Tensor, values: Tensor) -> Tensor:
@@ -68,8 +70,4 @@ def placed(shape: torch.Size, places: Tensor, values: Tensor) -> Tensor:
     given = values.numpy()
     found = np.zeros(shape.numel(), dtype=given.dtype)
     found[places.numpy()] = given  # several times faster
-    return _tensor(found).reshape(shape)
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
+    return as_tensor(found).reshape(shape)

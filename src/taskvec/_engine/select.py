@@ -18,15 +18,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, RangeError
 from .pieces import Look, Place, wide
 
-__all__ = [
-    "Count",
-    "Cuts",
-    "check_density",
-    "kept",
-    "largest",
-    "magnitude_of",
-    "masked",
-]
+__all__ = ["Count", "Cuts", "as_tensor", "check_density", "kept", "largest", "magnitude_of", "masked"]
 
 Count: TypeAlias = Literal["round", "floor", "at_least_one", "reference"]
 """How a density becomes a number of entries: see `kept`."""
@@ -90,7 +82,7 @@ class Cuts(NamedTuple):
         row, column = places // flat.shape[1], places % flat.shape[1]
         turns = _turns_at(at, column)
         late = places[turns <= _column([max(t, 0) for t in last], turns)[row, 0]]
-        return late if isinstance(late, Tensor) else _tensor(late)
+        return late if isinstance(late, Tensor) else as_tensor(late)
 
 
 def _shrunk(row: Tensor, key: Key, out: Tensor | None) -> Tensor:
@@ -110,7 +102,7 @@ def magnitude_of(bits: int, dtype: torch.dtype) -> float:
 def masked(x: Tensor, keep: Any) -> Tensor:
     """`x` where a mask is true, 0.0 elsewhere; a new tensor. Far faster than `torch.where` on the CPU."""
     if x.device.type != "cpu" or x.requires_grad:
-        mask = keep if isinstance(keep, Tensor) else _tensor(keep)
+        mask = keep if isinstance(keep, Tensor) else as_tensor(keep)
         return torch.where(mask, x, x.new_zeros(()))
     # bits are multiplied, not numbers: no -0.0, and what is dropped may be NaN
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -411,5 +403,6 @@ def _key_of(bits: int, turn: int, found: Found, rank: int, with_equals: bool) ->
     return Key(bits, turn, 0 if missing == found.equal else sorted(found.names, reverse=True)[missing - 1])
 
 
-def _tensor(array: Any) -> Tensor:
+def as_tensor(array: Any) -> Tensor:
+    """An array of numpy's, sharing its memory."""
     return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
