@@ -24,7 +24,7 @@ from taskvec.errors import DegenerateError, DtypeError, MismatchError, OptionErr
 from taskvec.merges import dare, della, disjoint_mean, mean, model_stock, slerp, ties, weighted
 from taskvec.rules import HERE, Look, Place, lockstep, over, runs
 from taskvec.signs import elect
-from taskvec.sparsify import band, drop, rank_drop, topk
+from taskvec.sparsify import Measured, _part, band, drop, rank_drop, topk
 from taskvec.testing import same_bits
 
 SHAPES = {"encoder.weight": (40, 30), "encoder.bias": (40,), "head.weight": (3, 40), "head.scale": ()}
@@ -589,6 +589,38 @@ def test_no_gradient_is_kept():
     v = TaskVector({"w": w})
     for found in (v.map(lambda x: x * 2), v.map(topk, density=0.5), merge([v, v], mean), merge([v, v], middle)):
         assert not found["w"].requires_grad
+
+
+# a measured drop draws once
+
+
+@pytest.mark.parametrize(("rule", "options"), [(dare, {}), (della, {"epsilon": 0.2})])
+def test_what_survived_a_measured_drop_is_told_to_the_second_pass(rule, options, monkeypatch):
+    given = vectors(2, shapes={"b": (3, BLOCK // 2 + 5), "a": (7,)})
+    drawn, bits = [], Place.bits
+    monkeypatch.setattr(
+        Place, "bits", lambda at, seed, like: drawn.append((seed, at.key, at.start)) or bits(at, seed, like)
+    )
+    once = merge(given, rule, density=0.4, seed=1, rescale=None, **options)
+    pieces, drawn = len(drawn), []
+    measured = merge(given, rule, density=0.4, seed=1, rescale="l1", **options)
+    assert len(drawn) == len(set(drawn)) == pieces > 4
+    assert once["a"].count_nonzero() == measured["a"].count_nonzero()
+
+
+def test_survivors_are_told_once_for_their_own_piece_and_to_no_other_process():
+    x = torch.tensor([1.0, -2.0, 3.0])
+    mask = torch.tensor([True, False, True])
+    part = _part(x, mask, Place(1, 3))
+    assert (part.before, part.after) == (6, 4)
+    known = Measured(1.5, dict(part.bits))
+    assert known.mask(x, Place(1, 0)) is None
+    assert torch.equal(known.mask(x, Place(1, 3)), mask)
+    assert known.mask(x, Place(1, 3)) is None
+    assert Measured(1.5, dict(part.bits)).mask(x[:2], Place(1, 3)) is None
+    sent = pickle.loads(pickle.dumps(Measured(1.5, dict(part.bits))))
+    assert (sent.factor, sent.mask(x, Place(1, 3))) == (1.5, None)
+    assert pickle.loads(pickle.dumps(part)).bits == {}
 
 
 # lazy in, lazy out

@@ -551,6 +551,7 @@ def large(tmp_path_factory):
         ("karcher", {}),
         ("dare", {"density": 0.2, "seed": 0}),
         ("della", {"density": 0.3, "epsilon": 0.1, "seed": 0}),
+        ("della", {"density": 0.3, "epsilon": 0.1, "seed": 0, "rescale": "l1"}),
         ("breadcrumbs", {"density": 0.8, "outliers": 0.05}),
         ("model_stock", {}),
         ("slerp", {"t": 0.3}),
@@ -575,6 +576,12 @@ def test_the_bound_does_not_grow_with_the_number_of_tensors():
     few, many = (lazy({f"w{i}": torch.zeros(1, 1).expand(1000, 3000) for i in range(n)}) for n in (2, 60))
     bounds = [peak_memory(TaskVector(x).map(halved).apply(x), workers=2) for x in (few, many)]
     assert bounds[0] == bounds[1] > 0
+
+
+def test_what_a_measured_drop_keeps_is_announced():
+    vector = TaskVector(lazy({"w": torch.zeros(1, 1).expand(4000, 2000)}))
+    measured, given = (peak_memory(merge([vector] * 4, dare, density=0.5, seed=0, rescale=r)) for r in ("l1", None))
+    assert measured - given == 4 * 1_000_000  # a bit for each entry
 
 
 @runs("element")

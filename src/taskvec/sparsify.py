@@ -5,7 +5,7 @@ a tensor given to such a function directly is its own scope.
 """
 
 from collections.abc import Generator
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from ._engine.select import (
     EVERYTHING,
     Count,
     Cuts,
+    as_tensor,
     check_density,
     kept,
     largest,
     masked,
 )
 from ._engine.sources import spec_of
-from ._engine.totals import lockstep, numbers_in, over, sum64
+from ._engine.totals import lockstep, sum64
 from .errors import OptionError, RangeError
 from .rules import Scope, runs
 
@@ -192,38 +193,72 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
-def _norms_of_drop(stack: Tensor, at: Place, density: float, seeds: tuple[int, ...]) -> Tensor:
-    kept = [drop(x, density, seed=seed, rescale=None, at=at) for x, seed in zip(stack, seeds, strict=True)]
-    return _norms_before_and_after(stack, kept)
+class Measured:
+    """What the first pass over a random drop tells the second: by what to multiply, and which entries survived.
+
+    The survivors are bits, by piece, each told once. Another process is told none of them, and draws again.
+    """
+
+    def __init__(self, factor: float, bits: dict[int, tuple[int, Any]]) -> None:
+        self.factor = factor
+        self._bits = bits
+
+    def mask(self, x: Tensor, at: Place) -> Tensor | None:
+        """True where an entry of a piece survived; None where that is not known (any more)."""
+        count, bits = self._bits.pop(at.start, (0, None))
+        return as_tensor(np.unpackbits(bits, count=count).view(bool)).reshape(x.shape) if count == x.numel() else None
+
+    def __reduce__(self) -> Any:
+        return Measured, (self.factor, {})
 
 
-def _norms_of_rank_drop(stack: Tensor, at: Place, density: float, epsilon: float, seeds: tuple[int, ...]) -> Tensor:
-    dropped = [rank_drop(x, density, epsilon, seed=s, rescale=None, at=at) for x, s in zip(stack, seeds, strict=True)]
-    return _norms_before_and_after(stack, dropped)
+class Part(NamedTuple):
+    """Of one piece of one vector: L1 norms before and after a random drop, and the survivors as bits."""
+
+    before: float
+    after: float
+    bits: dict[int, tuple[int, Any]]
+
+    def __reduce__(self) -> Any:
+        return Part, (self.before, self.after, {})
 
 
-def _norms_before_and_after(stack: Tensor, dropped: list[Tensor]) -> Tensor:
-    """L1 norms, `(n, 2)` float64."""
-    return torch.stack([torch.stack([sum64(x.abs()), sum64(y.abs())]) for x, y in zip(stack, dropped, strict=True)])
+def _part(x: Tensor, mask: Tensor, at: Place) -> Part:
+    sizes = x.detach().abs()
+    before, after = (float(sum64(y)) for y in (sizes, masked(sizes, mask)))
+    bits = {at.start: (x.numel(), np.packbits(mask.numpy()))} if x.device.type == "cpu" else {}
+    return Part(before, after, bits)
+
+
+def _parts_of_drop(stack: Tensor, at: Place, density: float, seeds: tuple[int, ...]) -> list[Part]:
+    return [_part(x, at.draw(seed, density, x), at) for x, seed in zip(stack, seeds, strict=True)]
+
+
+def _parts_of_rank_drop(stack: Tensor, at: Place, density: float, epsilon: float, seeds: tuple[int, ...]) -> list[Part]:
+    return [_part(x, _rank_draw(x, density, epsilon, s, at)[0], at) for x, s in zip(stack, seeds, strict=True)]
 
 
 def l1_factors(density: float, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
     """The L1 norm of each vector before its random drop over the one after, where that is the rescaling asked for."""
-    if rescale != "l1":
-        return [None] * len(seeds)
-    return _ratios((yield from over(_norms_of_drop, density, seeds)))
+    check_density(density)
+    return (yield from _measured(Look(_parts_of_drop, (density, seeds)), seeds, rescale))
 
 
 def rank_l1_factors(density: float, epsilon: float, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
     """As `l1_factors`, for `rank_drop`."""
+    look = Look(_parts_of_rank_drop, (density, epsilon, seeds), pieces="row")
+    return (yield from _measured(look, seeds, rescale))
+
+
+def _measured(look: Look, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
     if rescale != "l1":
         return [None] * len(seeds)
-    return _ratios((yield from over(_norms_of_rank_drop, density, epsilon, seeds, pieces="row")))
-
-
-def _ratios(norms: Tensor) -> list[float]:
-    pairs = [numbers_in(row) for row in norms]
-    return [before / after if after > 0 else 1.0 for before, after in pairs]
+    found: list[Measured] = []
+    for parts in zip(*(yield look), strict=True):
+        before, after = sum(part.before for part in parts), sum(part.after for part in parts)
+        bits = {start: own for part in parts for start, own in part.bits.items()}
+        found.append(Measured(before / after if after > 0 else 1.0, bits))
+    return found
 
 
 def drop_factors(n: int, entries: int, density: float, seed: int, rescale: Rescale = "density") -> Passes:
@@ -261,14 +296,15 @@ def drop(x: Tensor, density: float, *, seed: int, rescale: Rescale = "density", 
         [Yu et al., Language Models are Super Mario, 2023](https://arxiv.org/abs/2311.03099)
     """
     check_seed(seed)
-    (factor,) = at.take(drop_factors, x[None], density, seed, rescale) if rescale == "l1" else (None,)
-    return drop_by(x, density, seed, rescale, factor, at)
+    (known,) = at.take(drop_factors, x[None], density, seed, rescale) if rescale == "l1" else (None,)
+    return drop_by(x, density, seed, rescale, known, at)
 
 
-def drop_by(x: Tensor, density: float, seed: int, rescale: Rescale, factor: float | None, at: Place) -> Tensor:
-    """`drop` with its factor known."""
+def drop_by(x: Tensor, density: float, seed: int, rescale: Rescale, known: Measured | None, at: Place) -> Tensor:
+    """`drop` after its first pass, if there was one."""
     check_density(density)
-    return _scaled(masked(x, at.draw(seed, density, x)), density, rescale, factor)
+    mask = None if known is None else known.mask(x, at)
+    return _scaled(masked(x, at.draw(seed, density, x) if mask is None else mask), density, rescale, known)
 
 
 def rank_drop_factors(
@@ -314,21 +350,29 @@ def rank_drop(
         [Deep et al., DELLA-Merging, 2024](https://arxiv.org/abs/2406.11617)
     """
     check_seed(seed)
-    (factor,) = at.take(rank_drop_factors, x[None], density, epsilon, seed, rescale) if rescale == "l1" else (None,)
-    return rank_drop_by(x, density, epsilon, seed, rescale, factor, at)
+    (known,) = at.take(rank_drop_factors, x[None], density, epsilon, seed, rescale) if rescale == "l1" else (None,)
+    return rank_drop_by(x, density, epsilon, seed, rescale, known, at)
 
 
 def rank_drop_by(
-    x: Tensor, density: float, epsilon: float, seed: int, rescale: Rescale, factor: float | None, at: Place
+    x: Tensor, density: float, epsilon: float, seed: int, rescale: Rescale, known: Measured | None, at: Place
 ) -> Tensor:
-    """`rank_drop` with its factor known."""
+    """`rank_drop` after its first pass, if there was one."""
+    mask = None if known is None else known.mask(x, at)
+    if mask is None:
+        mask, places, by_rank = _rank_draw(x, density, epsilon, seed, at)
+        if rescale == "density":  # a probability of 0 leaves nothing to divide
+            by_place = placed(x.shape, places, by_rank.clamp(min=torch.finfo(torch.float64).tiny))
+            x = (x.to(torch.float64) / by_place).to(x.dtype)
+    return _scaled(masked(x, mask), 1.0, rescale, known)
+
+
+def _rank_draw(x: Tensor, density: float, epsilon: float, seed: int, at: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """True for what `rank_drop` keeps; the places of the entries of each row by rank; the probabilities by rank."""
     by_rank = _window(density, epsilon, spec_of(x).row, x.device)
     places = ranked_places(x.reshape(-1, len(by_rank)), at)
     mask = placed(x.shape, places, bernoulli(taken(at.bits(seed, x.reshape(-1)), places), by_rank))
-    if rescale == "density":  # a probability of 0 leaves nothing to divide
-        by_place = placed(x.shape, places, by_rank.clamp(min=torch.finfo(torch.float64).tiny))
-        x = (x.to(torch.float64) / by_place).to(x.dtype)
-    return _scaled(masked(x, mask), 1.0, rescale, factor)
+    return mask, places, by_rank
 
 
 def _window(density: float, epsilon: float, length: int, device: torch.device) -> Tensor:
@@ -345,10 +389,10 @@ def _window(density: float, epsilon: float, length: int, device: torch.device) -
     return low + torch.arange(length, dtype=torch.float64, device=device) * (epsilon / (length - 1))
 
 
-def _scaled(survivors: Tensor, density: float, rescale: Rescale, factor: float | None) -> Tensor:
+def _scaled(survivors: Tensor, density: float, rescale: Rescale, known: Measured | None) -> Tensor:
     if rescale not in ("density", "l1", None):
         raise RangeError(f"rescale must be 'density', 'l1' or None; got {rescale!r}")
-    by = factor if rescale == "l1" else 1 / density if rescale == "density" and density > 0 else None
+    by = known.factor if known is not None else 1 / density if rescale == "density" and density > 0 else None
     return survivors if by is None or by == 1 else survivors.mul_(by)
 
 

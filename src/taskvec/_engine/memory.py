@@ -33,7 +33,8 @@ def peak_bytes(source: Source, names: Sequence[str], workers: int) -> int:
     """
     run = Run(source)
     largest = max((_of_task(run, name) for name in names), default=0)
-    return FIXED + workers_of(run, names, workers) * largest + max(_of_statistics(run, names), default=0)
+    statistics = max(_of_statistics(run, names), default=0) + sum(_of_survivors(run))
+    return FIXED + workers_of(run, names, workers) * largest + statistics
 
 
 def _of_task(run: Run, name: str) -> int:
@@ -66,3 +67,11 @@ def _of_statistics(run: Run, names: Sequence[str]) -> Iterator[int]:
             held = min(HELD, entries, 10 * entries // max(1, 2 * int(sample**0.5)) + sample)
             overlapping = 1 if source.options.scope == "global" else min(len(names), 2)
             yield overlapping * len(source.sources) * 8 * 3 * (sample + held)
+
+
+def _of_survivors(run: Run) -> Iterator[int]:
+    """A bit for every entry of two tensors, which a random drop that is measured keeps from one pass to the next."""
+    for source in run.nodes:
+        if isinstance(source, Ruled) and source.options.given.get("rescale") == "l1":
+            sizes = sorted(spec.entries for spec in source.specs.values())
+            yield len(source.sources) * sum(sizes[-2:]) // 8
