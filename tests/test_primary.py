@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 
 import primary
-from bench import data, second, second_tables
+from bench import data, second, second_tables, significance
 from bench.second import Attack, Job, World
 
 sys.path.pop(0)
@@ -155,9 +155,21 @@ def test_the_tables_show_the_base_and_what_was_reached(rows):
 
 
 def test_sign_flips_and_holm():
-    assert second_tables.sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
-    assert second_tables.sign_flip([1.0, -1.0]) == 1.0
-    assert second_tables.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert significance.sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+    assert significance.sign_flip([1.0, -1.0]) == 1.0
+    assert significance.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+@pytest.mark.parametrize(("t", "freedom"), [(12.706, 1), (4.303, 2), (3.182, 3), (2.776, 4), (2.447, 6), (2.093, 19)])
+def test_students_t_has_the_tabulated_quantiles(t, freedom):
+    assert significance.beyond(t, freedom) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_a_t_test_of_paired_differences():
+    values = [1.0, 2.0, 3.0]  # t = 2 / (1 / sqrt(3)), two degrees of freedom
+    assert significance.t_test(values) == pytest.approx(significance.beyond(3.4641, 2), abs=1e-4)
+    assert significance.t_test([2.0, 2.0]) == 0.0
+    assert significance.t_test([0.0, 0.0]) == 1.0
 
 
 def test_a_merge_without_gain_is_not_a_number():

@@ -328,6 +328,34 @@ def test_the_page_shows_what_the_cells_give(encoder):
         assert (Path(__file__).parents[1] / "docs" / "tables" / page).read_text("utf-8") == text
 
 
+def test_the_page_shows_the_families_as_the_cells_give_them():
+    if not cells.read(cells.FOLDER / study.TABLE):
+        pytest.skip("the cells are in the repository only")
+    page = (Path(__file__).parents[1] / "docs" / "tables" / "families.txt").read_text("utf-8")
+    sbv = study_sbv.family(study_sbv.report.kept("sbv", "vits-mnist")["rows"])
+    assert page == f"{study.families().strip()}\n\n{sbv.strip()}\n"
+
+
+def test_a_family_is_of_seeds_and_leaves_out_what_is_saturated():
+    values = {
+        ("SBV_SC", 8): (50, 60), ("mean", 8): (40, 45), ("random, same density", 8): (0, 0),
+        ("SBV_SC x 1.5", 8): (100, 100), ("single 0 x 1.5", 1): (100, 100),
+        **{(f"single {i}", 1): (30 + i, 30 + i) for i in range(8)},
+    }  # fmt: skip
+    rows = [
+        {"seed": seed, "kind": kind, "variant": v, "count": n,
+         "merges": {rule: {"asr": pair[seed] / 100} for rule in ("task arithmetic", "TIES")}}
+        for kind in ("same trigger", "same trigger, BadMerging") for (v, n), pair in values.items() for seed in (0, 1)
+    ]  # fmt: skip
+    found = study_sbv.differences(rows, "same trigger", 8, ["TIES"])
+    assert found[study_sbv.MEAN]["TIES"] == pytest.approx([10, 15])
+    assert found[study_sbv.MEMBER]["TIES"] == pytest.approx([16.5, 26.5])
+    assert found["best single"]["TIES"] == pytest.approx([13, 23])
+    text = study_sbv.family(rows)
+    assert "corrected by Holm over 8" in text
+    assert study_sbv.LONGER not in text
+
+
 def test_a_run_of_some_cells_keeps_the_others_in_the_tables(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
     monkeypatch.setattr(study, "prepare", lambda *_: None)

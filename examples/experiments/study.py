@@ -3,6 +3,7 @@
     python examples/experiments/study.py --quick    minutes: one seed, the small ViT, a part of the table
     python examples/experiments/study.py --defence mine.py:trim --task animal --quick    yours, beside all others
     python examples/experiments/study.py --encoder vits --task animal --tables    the tables of what is there
+    python examples/experiments/study.py --families    the comparisons that were written down, corrected by Holm
     python examples/experiments/study.py --encoder vit7 --task animal    hours: 5 seeds x 2 targets
 
 A cell is one attack of one seed and target: all merges, all defenses. Each of its rows is a line of a file, so that a
@@ -257,6 +258,19 @@ def kept_cells(encoder: str, task: str, attacks: Sequence[str] = ()) -> list[Cel
     return [Cell(encoder, task, target, seed, attack, tuple(RULES), whole, bank) for seed, target, attack in found]
 
 
+def families() -> str:
+    """The comparisons that were written down before their runs: the page docs/tables/families.txt."""
+    kept = cells.read(cells.FOLDER / TABLE)
+
+    def rows(encoder: str, task: str) -> Mapping[Cell, Rows]:
+        return {cell: found for cell in kept_cells(encoder, task) if (found := earlier(cells.FOLDER, cell, kept))}
+
+    return "\n".join(
+        tables.family_table(family, {encoder: rows(encoder, family.task) for encoder in family.encoders})
+        for family in tables.FAMILIES
+    )
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed and target, the small ViT, three attacks")
@@ -272,6 +286,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there, measure nothing")
+    parser.add_argument("--families", action="store_true", help="print the comparisons that were written down, by Holm")
     parser.add_argument("--pictures", type=Path, help="a folder to draw pictures into")
     given = parser.parse_args()
     known = {"attack": ATTACKERS, "merge": RULES, "defence": DEFENCES}
@@ -286,6 +301,9 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     given = options()
+    if given.families:
+        print(families())
+        return
     start = time.monotonic()
     torch.set_num_threads(1)
     encoder, targets, seeds, folder, bank = given.encoder, given.targets, given.seeds, cells.FOLDER, defenders.Bank()

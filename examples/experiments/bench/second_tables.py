@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from taskvec.metrics import Estimate, estimate
 
 from .report import text_table
+from .significance import holm, sign_flip
 
 GAINS = (0.9, 0.75, 0.5)
 CONTROLS, NONE = "controls", "none"
@@ -109,25 +110,6 @@ def by_world(values: Mapping[Any, float]) -> list[float]:
 def by_base(values: Mapping[Any, float]) -> list[float]:
     bases = dict.fromkeys(cell.world.base for cell in values)
     return [fmean(v for cell, v in values.items() if cell.world.base == base) for base in bases]
-
-
-def sign_flip(values: Sequence[float]) -> float:
-    """The exact two-sided p of a mean of 0 under flips of the clusters' signs."""
-    size = abs(sum(values)) - 1e-9
-    flips = [
-        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((1, -1), repeat=len(values))
-    ]
-    return fmean(flip >= size for flip in flips)
-
-
-def holm(ps: Mapping[Any, float]) -> dict[Any, float]:
-    """Corrected over a family of tests."""
-    found: dict[Any, float] = {}
-    highest = 0.0
-    for i, (name, p) in enumerate(sorted(ps.items(), key=lambda pair: pair[1])):
-        highest = max(highest, min(1.0, (len(ps) - i) * p))
-        found[name] = highest
-    return found
 
 
 def interval(values: Sequence[float]) -> Estimate | str:

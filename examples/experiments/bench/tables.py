@@ -1,6 +1,7 @@
 """The study's tables: every defense beside its controls, and the comparisons that were written down before the run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -9,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec import plot
-from taskvec.metrics import Estimate, clustered
+from taskvec.metrics import Estimate, clustered, estimate
 
 from . import pictures
 from .defenders import DEFENCES, TWINS
 from .report import text_table
+from .significance import holm, t_test
 
 
 class Point(NamedTuple):
@@ -160,6 +162,47 @@ def paired(rows: Rows) -> str:
                     body.append([first, second, attack, rule, found, len({seed for seed, _ in both})])
     title = "ASR of the first defence minus that of the second, points, each at its chosen strength"
     return text_table(title, ["first", "second", "attack", "merge", "difference", "seeds"], body)
+
+
+class Family(NamedTuple):
+    """Comparisons that were written down together before their run."""
+
+    title: str
+    task: str
+    encoders: tuple[str, ...]
+    firsts: tuple[str, ...]
+    rivals: tuple[str, ...]
+
+
+FAMILIES = (
+    Family("The primary comparison", "animal", ("vit7",), ("ours",), ("IBVS", "shrinking")),
+    Family(
+        "The second comparison",
+        "glyph_greek",
+        ("vit7", "vits"),
+        ("ours, disarming", "ours, clipping"),
+        ("shrinking", "ours", "clipping"),
+    ),
+)
+
+
+def family_table(family: Family, rows: Mapping[str, Rows], attack: str = "BadMerging-on") -> str:
+    """Its differences of ASR, with the p of paired t tests over seeds, corrected by Holm over the family."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for encoder, rule, first, second in product(family.encoders, FIRST, family.firsts, family.rivals):
+        a, b = (gathered(rows[encoder], attack, rule, name) for name in (first, second))
+        if both := a.keys() & b.keys():
+            by_seed = {seed: [key for key in both if key[0] == seed] for seed in sorted({seed for seed, _ in both})}
+            values = [fmean(asr(a[key]) - asr(b[key]) for key in own) for own in by_seed.values()]
+            found[encoder, rule, first, second] = values
+    ps = {name: t_test(values) for name, values in found.items()}
+    corrected = holm(ps)
+    body = [[*name, estimate(values), f"{ps[name]:.4f}", f"{corrected[name]:.3f}"] for name, values in found.items()]
+    title = (
+        f"{family.title}: {attack}, {family.task}; ASR of the first minus the second, points;\n"
+        f"95 % t intervals and two-sided t tests over seeds, corrected by Holm over these {len(found)}"
+    )
+    return text_table(title, ["encoder", "merge", "first", "second", "difference", "p", "p (Holm)"], body)
 
 
 def level(rows: Rows) -> str:
