@@ -1,7 +1,7 @@
 """The second edition of the study: what a world draws, and what its tables make of fronts."""
 
 import sys
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -154,6 +154,37 @@ def test_the_tables_show_the_base_and_what_was_reached(rows):
     assert "the bank flags the attacker" not in text  # counted under task arithmetic
 
 
+def test_the_leaderboard_ranks_what_ran_in_as_many_merges_and_says_what_each_is_given(rows):
+    given = {name: f"given {name}" for name in ("none", "shrinking", "bank: disarm", "late", "oracle")}
+    cells = {c for c, n in rows if n == "none"}
+    rows |= {(min(cells), "oracle"): rows[min(cells), "shrinking"]}
+    lines = second_tables.leaderboard(rows, given, "fashion").splitlines()[5:]
+    names = [line.split("given ")[1] if "given" in line else "ship the base" for line in lines]
+    assert names[: len(given)][0] == "ship the base"
+    ranked = [name for name in names if name in ("none", "shrinking", "bank: disarm")]
+    values = {n: sum(second_tables.value_at(rows, c, n, 0.9, "fashion")[0] for c in cells) for n in set(ranked)}
+    assert ranked[:3] == sorted(values, key=values.__getitem__)
+    assert names[-1] == "oracle"
+
+
+def test_your_defense_is_measured_beside_ours(tmp_path, monkeypatch):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def half(model, base, strength):\n    return {n: (x + base[n]) / 2 for n, x in model.items()}\n")
+    defence = primary.defence_of(f"{mine}:half")
+    here = scene()
+    found = defence.defend(here, 0.5)
+    assert torch.allclose(found["w"], (primary.merged(here)["w"] + here.base["w"]) / 2)
+    assert defence.strengths[-1] == 1.0
+    assert primary.defence_of("bank: disarm") is primary.DEFENCES["bank: disarm"]
+    cell = primary.every_cell()[0]
+    before = primary.key_of(cell, f"{mine}:half")
+    other = tmp_path / "other.py"
+    other.write_text(mine.read_text().replace("/ 2", "/ 3"))
+    assert primary.key_of(cell, f"{other}:half") != before
+    with pytest.raises(primary.argparse.ArgumentTypeError, match="not 'bank: disram'"):
+        primary.defence_name("bank: disram")
+
+
 def test_sign_flips_and_holm():
     assert significance.sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
     assert significance.sign_flip([1.0, -1.0]) == 1.0
@@ -179,11 +210,10 @@ def test_a_merge_without_gain_is_not_a_number():
 def test_the_page_shows_what_the_rows_give():
     if not (primary.cells.FOLDER / primary.TABLE).exists():
         pytest.skip("the rows are in the repository only")
-    wanted = [
-        primary.Cell(*found) for found in product(primary.WORLDS, primary.TARGETS, primary.ATTACKS, primary.MERGES)
-    ]
-    page = Path(__file__).parents[1] / "docs" / "tables" / "primary.txt"
-    assert page.read_text("utf-8").strip() == primary.kept_tables(wanted).strip()
+    wanted, pages = primary.every_cell(), Path(__file__).parents[1] / "docs" / "tables"
+    found = second_tables.tables(primary.kept_rows(wanted), list(primary.DEFENCES), primary.TASK)
+    assert (pages / "primary.txt").read_text("utf-8").strip() == found.strip()
+    assert (pages / "leaderboard.txt").read_text("utf-8").strip() == primary.board(wanted).strip()
 
 
 # defenses

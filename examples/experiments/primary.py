@@ -3,6 +3,8 @@
     python examples/experiments/primary.py --quick      one world, one target: minutes
     python examples/experiments/primary.py              3 bases x 5 seeds x 2 targets
     python examples/experiments/primary.py --tables     what is there
+    python examples/experiments/primary.py --leaderboard    the same, defense by defense
+    python examples/experiments/primary.py --defences mine.py:trim --worlds 3 --leaderboard    with one of yours
 
 A stealthy BadMerging attack whose patch differs in size and place from the defender's probes, on a task that no defense
 was chosen on. Each defense has a front: a point for every strength, on validation rows (by which a strength is taken)
@@ -21,14 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cells, data, second, zoo
+from bench import cells, data, mine, second, zoo
 from bench.defenders import Defence
 from bench.encoders import features
 from bench.heads import logits
 from bench.merges import RULES, Rule
 from bench.progress import progress
 from bench.second import Attack, Job, World
-from bench.second_tables import tables
+from bench.second_tables import leaderboard, tables
 from bench.zoo import workforce
 from taskvec import BackdoorVector, TaskVector, defenses, merge
 from taskvec.merges import mean
@@ -199,6 +201,19 @@ DEFENCES: dict[str, Defence] = {
 }
 
 
+def yours(scene: Scene, by: float, *, own: Callable[[Params, Params, float], Params]) -> Params:
+    """A defense of one function: of the merged model, the base, and a strength."""
+    return own(merged(scene), scene.base, by)
+
+
+def defence_of(name: str) -> Defence:
+    """One of ours, or one of yours, as `mine.py:trim`."""
+    if name in DEFENCES:
+        return DEFENCES[name]
+    own = mine.function(name)
+    return Defence("the base", partial(yours, own=own), mine.strengths(own))
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +281,7 @@ def point(cell: Cell, params: Params) -> dict[str, Any]:
 def measured(cell: Cell, name: str) -> dict[str, Any]:
     """The front of a defense, that of the all-clean merge defended alike, and whom the bank flagged."""
     attacked, clean = scene(cell, job_of(cell)), scene(cell, job_of(cell).twin())
-    defence = DEFENCES[name]
+    defence = defence_of(name)
     front = {f"{by:g}": point(cell, defence.defend(attacked, by)) for by in defence.strengths}
     control = {
         f"{by:g}": point(cell, defence.defend(clean, by))
@@ -283,7 +298,7 @@ def controls(world: World, target: int, attack: str) -> dict[str, Any]:
 
 
 def key_of(cell: Cell, name: str) -> str:
-    defence = DEFENCES.get(name)
+    defence = None if name == "controls" else defence_of(name)
     code = [cells.code_of(f) for f in (second.model, point, scene, *([defence.defend] if defence else []))]
     told = {
         "job": second.told(job_of(cell)),
@@ -319,21 +334,40 @@ def train(jobs: Sequence[Job], workers: int) -> None:
         zoo.at_once(pool, "attacks and probes", second.model, [job for job in jobs if job.attack is not None])
 
 
-def kept_tables(wanted: Sequence[Cell]) -> str:
-    """The tables of all rows that there are of some cells."""
-    kept = cells.read(cells.FOLDER / TABLE)
-    rows = {(c, n): kept[key] for c in wanted for n in ("controls", *DEFENCES) if (key := key_of(c, n)) in kept}
-    return tables(rows, list(DEFENCES), TASK)
+def kept_rows(wanted: Sequence[Cell], names: Sequence[str] = ()) -> dict[tuple[Cell, str], Any]:
+    """All rows that there are of some cells: of our defenses, and of some of yours."""
+    kept, asked = cells.read(cells.FOLDER / TABLE), dict.fromkeys(["controls", *DEFENCES, *names])
+    return {(c, n): kept[key] for c in wanted for n in asked if (key := key_of(c, n)) in kept}
+
+
+def every_cell(worlds: Sequence[World] = WORLDS) -> list[Cell]:
+    return [Cell(*found) for found in product(worlds, TARGETS, ATTACKS, MERGES)]
+
+
+def board(wanted: Sequence[Cell], names: Sequence[str] = ()) -> str:
+    """The page docs/tables/leaderboard.txt, with your defenses among the others."""
+    given = {name: defence_of(name).given for name in dict.fromkeys([*DEFENCES, *names])}
+    return leaderboard(kept_rows(wanted, names), given, TASK)
+
+
+def defence_name(name: str) -> str:
+    """A name on the command line."""
+    if name in DEFENCES or mine.is_mine(name):
+        return name
+    raise argparse.ArgumentTypeError(f"one of {', '.join(DEFENCES)}, or a function as mine.py:name; not {name!r}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one world, one target, the stealthy attack")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES), metavar="NAME")
+    parser.add_argument(
+        "--defences", nargs="+", type=defence_name, default=list(DEFENCES), help="also of your own, as mine.py:name"
+    )
     parser.add_argument("--worlds", type=int, default=len(WORLDS), help="so many of them")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--tables", action="store_true", help="print what is there, measure nothing")
+    parser.add_argument("--leaderboard", action="store_true", help="print one table of all defenses in the end")
     given = parser.parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
@@ -341,7 +375,7 @@ def main() -> None:
     attacks = ["stealthy"] if given.quick else given.attacks
     names = ["controls", *given.defences]
     wanted = [Cell(*found) for found in product(worlds, targets, attacks, MERGES)]
-    if not given.tables:
+    if not given.tables and (not given.leaderboard or {*given.defences} - {*DEFENCES}):
         kept = cells.read(cells.FOLDER / TABLE)
         todo = [
             c for c in wanted if any(key_of(c, n) not in kept for n in names if n != "controls" or c.rule == MERGES[0])
@@ -352,7 +386,10 @@ def main() -> None:
             with workforce(given.workers) as pool, progress("cells", len(todo)) as step:
                 for _ in pool.map(partial(fill, names=names), todo):
                     step()
-    print(kept_tables(wanted))
+    if given.leaderboard:
+        print(board(wanted, given.defences))
+    else:
+        print(tables(kept_rows(wanted), list(DEFENCES), TASK))
     print(f"{time.monotonic() - start:.0f} s")
 
 

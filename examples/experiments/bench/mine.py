@@ -27,7 +27,7 @@ STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def is_mine(name: str) -> bool:
     """Whether a name is that of a function in a file."""
-    return ":" in name
+    return ".py:" in name
 
 
 @cache
@@ -49,7 +49,12 @@ def defence(name: str) -> Defence:
     if not is_mine(name):
         return DEFENCES[name]
     own = function(name)
-    return Defence("the base", partial(_defended, own=own), tuple(getattr(own, "strengths", STRENGTHS)))
+    return Defence("the base", partial(_defended, own=own), strengths(own))
+
+
+def strengths(own: Callable[..., Any]) -> tuple[float, ...]:
+    """Those of a defense of your own."""
+    return tuple(getattr(own, "strengths", STRENGTHS))
 
 
 def _defended(scene: Scene, by: float, *, own: Callable[..., Params]) -> Params:
