@@ -20,11 +20,12 @@ from taskvec._engine.lift import lift
 from taskvec._engine.pieces import BLOCK, CHUNK
 from taskvec._engine.run import collect, entries_of, measure
 from taskvec._engine.sources import Memory
+from taskvec._engine.survivors import Measured, part_of
 from taskvec.errors import DegenerateError, DtypeError, MismatchError, OptionError, RuleError
 from taskvec.merges import dare, della, disjoint_mean, mean, model_stock, slerp, ties, weighted
 from taskvec.rules import HERE, Look, Place, lockstep, over, runs
 from taskvec.signs import elect
-from taskvec.sparsify import Measured, _part, band, drop, rank_drop, topk
+from taskvec.sparsify import band, drop, rank_drop, topk
 from taskvec.testing import same_bits
 
 SHAPES = {"encoder.weight": (40, 30), "encoder.bias": (40,), "head.weight": (3, 40), "head.scale": ()}
@@ -611,7 +612,7 @@ def test_what_survived_a_measured_drop_is_told_to_the_second_pass(rule, options,
 def test_survivors_are_told_once_for_their_own_piece_and_to_no_other_process():
     x = torch.tensor([1.0, -2.0, 3.0])
     mask = torch.tensor([True, False, True])
-    part = _part(x, mask, Place(1, 3))
+    part = part_of(x, mask, Place(1, 3))
     assert (part.before, part.after) == (6, 4)
     known = Measured(1.5, dict(part.bits))
     assert known.mask(x, Place(1, 0)) is None

@@ -30,6 +30,7 @@ FLOORS = [
             "_engine.marks",
             "_engine.select",
             "_engine.ranks",
+            "_engine.survivors",
             "_engine.buffers",
             "_engine.run",
             "_engine.lazy",
@@ -204,7 +205,7 @@ def calls(tree: ast.AST, names: set[str]) -> list[str]:
     return sorted({name for name in found if name in names})
 
 
-@of_files("_engine.select", "_engine.ranks", "_engine.random", FILE_ROOM)
+@of_files("_engine.select", "_engine.ranks", "_engine.random", "_engine.survivors", FILE_ROOM)
 def test_nothing_moves_between_devices_on_the_sly(path):
     assert calls(parsed(path), {"cpu", "cuda", "numpy"}) == []
 

@@ -5,7 +5,7 @@ a tensor given to such a function directly is its own scope.
 """
 
 from collections.abc import Generator
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from ._engine.select import (
     EVERYTHING,
     Count,
     Cuts,
-    as_tensor,
     check_density,
     kept,
     largest,
     masked,
 )
 from ._engine.sources import spec_of
-from ._engine.totals import lockstep, sum64
+from ._engine.survivors import Measured, Part, part_of
+from ._engine.totals import lockstep
 from .errors import OptionError, RangeError
 from .rules import Scope, runs
 
@@ -193,49 +193,12 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
-class Measured:
-    """What the first pass over a random drop tells the second: by what to multiply, and which entries survived.
-
-    The survivors are bits, by piece, each told once. Another process is told none of them, and draws again.
-    """
-
-    def __init__(self, factor: float, bits: dict[int, tuple[int, Any]]) -> None:
-        self.factor = factor
-        self._bits = bits
-
-    def mask(self, x: Tensor, at: Place) -> Tensor | None:
-        """True where an entry of a piece survived; None where that is not known (any more)."""
-        count, bits = self._bits.pop(at.start, (0, None))
-        return as_tensor(np.unpackbits(bits, count=count).view(bool)).reshape(x.shape) if count == x.numel() else None
-
-    def __reduce__(self) -> Any:
-        return Measured, (self.factor, {})
-
-
-class Part(NamedTuple):
-    """Of one piece of one vector: L1 norms before and after a random drop, and the survivors as bits."""
-
-    before: float
-    after: float
-    bits: dict[int, tuple[int, Any]]
-
-    def __reduce__(self) -> Any:
-        return Part, (self.before, self.after, {})
-
-
-def _part(x: Tensor, mask: Tensor, at: Place) -> Part:
-    sizes = x.detach().abs()
-    before, after = (float(sum64(y)) for y in (sizes, masked(sizes, mask)))
-    bits = {at.start: (x.numel(), np.packbits(mask.numpy()))} if x.device.type == "cpu" else {}
-    return Part(before, after, bits)
-
-
 def _parts_of_drop(stack: Tensor, at: Place, density: float, seeds: tuple[int, ...]) -> list[Part]:
-    return [_part(x, at.draw(seed, density, x), at) for x, seed in zip(stack, seeds, strict=True)]
+    return [part_of(x, at.draw(seed, density, x), at) for x, seed in zip(stack, seeds, strict=True)]
 
 
 def _parts_of_rank_drop(stack: Tensor, at: Place, density: float, epsilon: float, seeds: tuple[int, ...]) -> list[Part]:
-    return [_part(x, _rank_draw(x, density, epsilon, s, at)[0], at) for x, s in zip(stack, seeds, strict=True)]
+    return [part_of(x, _rank_draw(x, density, epsilon, s, at)[0], at) for x, s in zip(stack, seeds, strict=True)]
 
 
 def l1_factors(density: float, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
