@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 
 import primary
 from bench import data, second, second_tables, significance
+from bench.merges import RULES
 from bench.second import Attack, Job, World
+from bench.second_defenders import DEFENCES, Scene, defence_of, merged
 
 sys.path.pop(0)
 
@@ -146,7 +148,7 @@ def test_the_strength_is_the_largest_within_a_point_of_the_best(rows):
 
 
 def test_the_tables_show_the_base_and_what_was_reached(rows):
-    text = second_tables.tables(rows, list(primary.DEFENCES), "fashion")
+    text = second_tables.tables(rows, list(DEFENCES), "fashion")
     assert "ship the base" in text
     assert "clean single model: ASR 1.0" in text
     line = next(line for line in text.splitlines() if line.startswith("TIES") and "ship the base" in line)
@@ -170,12 +172,12 @@ def test_the_leaderboard_ranks_what_ran_in_as_many_merges_and_says_what_each_is_
 def test_your_defense_is_measured_beside_ours(tmp_path, monkeypatch):
     mine = tmp_path / "mine.py"
     mine.write_text("def half(model, base, strength):\n    return {n: (x + base[n]) / 2 for n, x in model.items()}\n")
-    defence = primary.defence_of(f"{mine}:half")
+    defence = defence_of(f"{mine}:half")
     here = scene()
     found = defence.defend(here, 0.5)
-    assert torch.allclose(found["w"], (primary.merged(here)["w"] + here.base["w"]) / 2)
+    assert torch.allclose(found["w"], (merged(here)["w"] + here.base["w"]) / 2)
     assert defence.strengths[-1] == 1.0
-    assert primary.defence_of("bank: disarm") is primary.DEFENCES["bank: disarm"]
+    assert defence_of("bank: disarm") is DEFENCES["bank: disarm"]
     cell = primary.every_cell()[0]
     before = primary.key_of(cell, f"{mine}:half")
     other = tmp_path / "other.py"
@@ -211,7 +213,7 @@ def test_the_page_shows_what_the_rows_give():
     if not (primary.cells.FOLDER / primary.TABLE).exists():
         pytest.skip("the rows are in the repository only")
     wanted, pages = primary.every_cell(), Path(__file__).parents[1] / "docs" / "tables"
-    found = second_tables.tables(primary.kept_rows(wanted), list(primary.DEFENCES), primary.TASK)
+    found = second_tables.tables(primary.kept_rows(wanted), list(DEFENCES), primary.TASK)
     assert (pages / "primary.txt").read_text("utf-8").strip() == found.strip()
     assert (pages / "leaderboard.txt").read_text("utf-8").strip() == primary.board(wanted).strip()
 
@@ -226,8 +228,8 @@ def scene(**changes):
     vectors = {t: TaskVector.between(base, {"w": torch.randn(40, 5, generator=random)}) for t in names}
     probes = {c: probe_of(base, random) for c in range(10)}
     found = {"fashion": [probes[3]]}
-    return primary.Scene(
-        base, "fashion", vectors, primary.RULES["task arithmetic"], probes, found, ("fashion", 3),
+    return Scene(
+        base, "fashion", vectors, RULES["task arithmetic"], probes, found, ("fashion", 3),
         [vectors["mnist"], vectors["animal"]], probes[3],
     )._replace(**changes)  # fmt: skip
 
@@ -236,12 +238,12 @@ def probe_of(base, random):
     return BackdoorVector.between(clean=base, backdoored={"w": torch.randn(40, 5, generator=random)}, pretrained=base)
 
 
-@pytest.mark.parametrize("name", primary.DEFENCES)
+@pytest.mark.parametrize("name", DEFENCES)
 def test_every_defense_changes_the_merge_and_ends_at_the_base_or_not(name):
     own = scene()
-    defence = primary.DEFENCES[name]
+    defence = DEFENCES[name]
     models = [dict(defence.defend(own, by)) for by in defence.strengths]
-    whole = dict(primary.merged(own))
+    whole = dict(merged(own))
     if name == "none":
         assert torch.equal(models[0]["w"], whole["w"])
         return
@@ -253,4 +255,4 @@ def test_every_defense_changes_the_merge_and_ends_at_the_base_or_not(name):
 def test_nobody_flagged_means_nothing_disarmed():
     own = scene(found={})
     for name in ("bank: disarm", "bank: leave out", "bank: halve", "bank: disarm by size"):
-        assert torch.equal(primary.DEFENCES[name].defend(own, 1.0)["w"], primary.merged(own)["w"])
+        assert torch.equal(DEFENCES[name].defend(own, 1.0)["w"], merged(own)["w"])
