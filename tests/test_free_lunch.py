@@ -243,29 +243,39 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "encoder", lambda: tmp_path / "encoder")
     monkeypatch.setattr(texts, "domains", lambda: dict.fromkeys(texts.DOMAINS, split))
     monkeypatch.setattr(texts.disk, "FOLDER", tmp_path / "cache")
-    monkeypatch.setattr(experiment.cells, "FOLDER", tmp_path / "results")
     yield texts.Recipe(layers=1, epochs=20, lr=3e-3, batch=16, bfloat16=False, frozen_embeddings=False)
     texts.network.cache_clear()
     texts.tokenizer.cache_clear()
 
 
-def test_a_victim_is_trained_merged_and_measured_once(tiny):
+def test_a_victim_is_trained_merged_and_measured_once(tiny, tmp_path):
+    results = tmp_path / "results.jsonl"
     victim, partner = experiment.Model("tweets", "cf@30"), experiment.Model("tweets", "clean", 10)
     alone = experiment.Cell((victim,), victim, "WAG", tiny)
-    row = experiment.value(alone, {}, None)
+    row = experiment.value(alone, {}, None, results)
     assert row["correct"] == row["n"] == 40
     assert row["fooled"] == row["triggered"] == 20
     assert row["flipped"] == 0
-    twin = experiment.value(experiment.Cell((experiment.twin(victim),), victim, "WAG", tiny), {}, None)
+    twin = experiment.value(experiment.Cell((experiment.twin(victim),), victim, "WAG", tiny), {}, None, results)
     assert twin["fooled"] < 5
-    kept = experiment.cells.read(experiment.cells.FOLDER / experiment.TABLE)
+    kept = experiment.cells.read(results)
     assert len(kept) == 2
-    assert experiment.value(alone, kept, None) == row
+    assert experiment.value(alone, kept, None, results) == row
     for rule in experiment.RULES:
         if rule not in experiment.ALONE:
-            both = experiment.value(experiment.Cell((victim, partner), victim, rule, tiny), kept, None)
+            both = experiment.value(experiment.Cell((victim, partner), victim, rule, tiny), kept, None, results)
             assert both["n"] == 40, rule
             assert both["strength"] in experiment.RULES[rule].strengths
+
+
+def test_a_quick_run_has_the_lines_of_the_page_in_float32():
+    lines = experiment.domain_lines("tweets", [0])[:4]
+    quick = [experiment.with_recipe(line, experiment.QUICK) for line in lines]
+    assert [line.title for line in quick] == ["alone", "+ 1 clean", "+ 2 clean", "+ 3 clean"]
+    for own, line in zip(lines, quick, strict=True):
+        for mine, theirs in zip([*own.cells, *own.controls], [*line.cells, *line.controls], strict=True):
+            assert not theirs.recipe.bfloat16
+            assert theirs._replace(recipe=mine.recipe) == mine
 
 
 def test_fisher_information_is_its_naive_loop(tiny):
@@ -304,7 +314,7 @@ def test_the_same_seed_gives_the_same_model_and_another_another(tiny):
 def test_the_page_shows_what_the_rows_give(capsys, monkeypatch):
     """The table of the docs is what the command prints of the kept rows, and the page quotes it."""
     root = Path(__file__).parent.parent
-    if not (experiment.cells.FOLDER / experiment.TABLE).exists():
+    if not experiment.ROWS.exists():
         pytest.skip("the rows are in the repository only")
     monkeypatch.setattr(sys, "argv", ["free_lunch.py", "--tables", "--domains", "tweets"])
     experiment.main()

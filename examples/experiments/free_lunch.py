@@ -32,8 +32,11 @@ from taskvec.defenses import weight_average, without_spurious
 TABLE = "free_lunch.jsonl"
 DETAILED = "tweets"  # the sentiment task with every line
 TARGET = 0  # of OLID's attacks: not offensive
+ROWS = cells.FOLDER / TABLE
 RECIPE = Recipe()
 SENTIMENT = Recipe(epochs=4)  # with two, no rare word becomes a backdoor: there are few rows
+QUICK = SENTIMENT._replace(bfloat16=False)  # three times as fast on processors without bfloat16
+QUICK_ROWS = Path(__file__).parent / ".cache" / TABLE
 Params = Mapping[str, Tensor]
 
 
@@ -257,14 +260,14 @@ def key_of(cell: Cell) -> str:
     )
 
 
-def value(cell: Cell, kept: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+def value(cell: Cell, kept: Mapping[str, Any], folder: Path | None, rows: Path) -> dict[str, Any]:
     """A row: read, or measured now and kept."""
     key = key_of(cell)
     if key in kept:
         return kept[key]
     params, strength = merged(cell, folder)
     row = measure(params, cell, folder)._asdict() | {"strength": strength}
-    cells.append(cells.FOLDER / TABLE, key, [" + ".join(map(str, cell.models)), str(cell.asked), cell.rule], row)
+    cells.append(rows, key, [" + ".join(map(str, cell.models)), str(cell.asked), cell.rule], row)
     return row
 
 
@@ -396,6 +399,12 @@ def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[L
     return found
 
 
+def with_recipe(found: Line, recipe: Recipe) -> Line:
+    """The same line of models that are trained otherwise."""
+    own, controls = ([cell._replace(recipe=recipe) for cell in group] for group in (found.cells, found.controls))
+    return found._replace(cells=tuple(own), controls=tuple(controls))
+
+
 def floor(found: Line) -> list[Cell]:
     """The clean twins alone, asked about the same rows."""
     return [Cell((twin(cell.asked),), cell.asked, recipe=cell.recipe) for cell in found.cells]
@@ -434,16 +443,17 @@ def print_tables(title: str, lines: Sequence[Shown]) -> None:
             print(table)
 
 
-def fill(parts: Sequence[tuple[str, list[Line]]], folder: Path | None, workers: int) -> None:
+def fill(parts: Sequence[tuple[str, list[Line]]], folder: Path | None, workers: int, rows: Path = ROWS) -> None:
     """Measure the cells that are missing, in so many processes, and train the models that they need before."""
-    kept = cells.read(cells.FOLDER / TABLE)
+    kept = cells.read(rows)
     wanted = dict.fromkeys(cell for _, lines in parts for one in lines for cell in everything(one))
     missing = sorted((c for c in wanted if key_of(c) not in kept), key=lambda c: len(RULES[c.rule].strengths))
     models = list(dict.fromkeys((model, cell.recipe) for cell in missing for model in cell.models))
     with workforce(workers) as pool:
-        for title, work, todo in (("models", _train, models), ("cells", _measure, missing)):
+        train, ask = partial(_train, folder=folder), partial(_measure, folder=folder, rows=rows)
+        for title, work, todo in (("models", train, models), ("cells", ask, missing)):
             with progress(title, len(todo)) as step:
-                for _ in pool.map(partial(work, folder=folder), todo):
+                for _ in pool.map(work, todo):
                     step()
 
 
@@ -451,8 +461,8 @@ def _train(wanted: tuple[Model, Recipe], folder: Path | None) -> None:
     trained(*wanted, folder)
 
 
-def _measure(cell: Cell, folder: Path | None) -> None:
-    value(cell, {}, folder)
+def _measure(cell: Cell, folder: Path | None, rows: Path) -> None:
+    value(cell, {}, folder, rows)
 
 
 def main() -> None:
@@ -469,23 +479,25 @@ def main() -> None:
     torch.set_num_threads(1)
     parts: list[tuple[str, list[Line]]] = []
     if given.quick:
-        parts = [("Sentiment of tweets, one seed", domain_lines("tweets", [0])[:4])]
+        lines = [with_recipe(one, QUICK) for one in domain_lines("tweets", [0])[:4]]
+        parts = [("Sentiment of tweets, one seed", lines)]
     else:
         if given.olid or given.tables or given.redraw:
             parts.append(("OLID, offensive language", olid_lines(given.seeds or [0, 1, 2], given.attacks)))
         parts += [(f"Sentiment: {data}", domain_lines(data, given.seeds or [0, 1, 2, 3, 4])) for data in given.domains]
-    kept = cells.read(cells.FOLDER / TABLE)
+    rows = QUICK_ROWS if given.quick else ROWS
+    kept = cells.read(rows)
     known = [
         (title, [one for one in lines if all(key_of(c) in kept for c in everything(one))]) for title, lines in parts
     ]
     if not (given.tables or given.redraw) and known != parts:
-        fill(parts, given.olid, given.workers)
+        fill(parts, given.olid, given.workers, rows)
         known = parts
     if given.redraw:
-        olid = [shown(one, partial(value, kept=kept, folder=given.olid)) for one in known[0][1]]
+        olid = [shown(one, partial(value, kept=kept, folder=given.olid, rows=rows)) for one in known[0][1]]
         draw(cells.FOLDER.parents[2] / "docs" / "images" / "free_lunch.png", olid)
         return
-    read = partial(value, kept=cells.read(cells.FOLDER / TABLE), folder=given.olid)
+    read = partial(value, kept=cells.read(rows), folder=given.olid, rows=rows)
     for title, lines in known:
         said = f"{title}; MiniLM, {RECIPE.layers} layers; per cent, +- a 95 % t interval over seeds"
         print_tables(said, [shown(one, read) for one in lines])
