@@ -160,9 +160,9 @@ def test_the_leaderboard_ranks_what_ran_in_as_many_merges_and_says_what_each_is_
     given = {name: f"given {name}" for name in ("none", "shrinking", "bank: disarm", "late", "oracle")}
     cells = {c for c, n in rows if n == "none"}
     rows |= {(min(cells), "oracle"): rows[min(cells), "shrinking"]}
-    lines = second_tables.leaderboard(rows, given, "fashion").splitlines()[5:]
+    lines = second_tables.leaderboard(rows, given, "fashion").splitlines()[4:]
     names = [line.split("given ")[1] if "given" in line else "ship the base" for line in lines]
-    assert names[: len(given)][0] == "ship the base"
+    assert names[0] == "ship the base"
     ranked = [name for name in names if name in ("none", "shrinking", "bank: disarm")]
     values = {n: sum(second_tables.value_at(rows, c, n, 0.9, "fashion")[0] for c in cells) for n in set(ranked)}
     assert ranked[:3] == sorted(values, key=values.__getitem__)

@@ -134,7 +134,8 @@ def oracle(scene: Scene, by: float) -> Params:
 SHRINKS = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 BEYOND = (1.0, *(1 + by for by in SHRINKS))
 SCALES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-BANK = "10 images a class of the task, the head, the attack's recipe"
+# ten labeled images a class of the attacked task, the public head and the attack's recipe
+BANK = "a bank of probes"
 DEFENCES: dict[str, Defence] = {
     "none": Defence("nothing", nothing, (0.0,)),
     "shrinking": Defence("the base", shrinking, SHRINKS),

@@ -165,7 +165,7 @@ def defences_table(rows: Rows, names: Sequence[str], attack: str, rule: str, tas
 
 
 def leaderboard(rows: Rows, given: Mapping[str, str], task: str) -> str:
-    """Defenses by attack and merge, the lowest ASR at the primary comparison's gain first.
+    """A table for each attack and merge: defenses, the lowest ASR at the primary comparison's gain first.
 
     What ran in fewer merges comes behind that, and the oracle, a bound and no defense, last of all.
 
@@ -174,38 +174,38 @@ def leaderboard(rows: Rows, given: Mapping[str, str], task: str) -> str:
         given: defense -> what it is given.
         task: the attacked one.
     """
-    body: list[list[object]] = []
-    for attack, rule in dict.fromkeys((c.attack, c.rule) for c, n in rows if n == NONE):
-        cells = [c for c, n in rows if n == NONE and (c.attack, c.rule) == (attack, rule)]
-        ranked: list[tuple[tuple[bool, int, float], list[object]]] = []
-        for name, means in given.items():
-            own = [c for c in cells if (c, name) in rows]
-            if not own:
-                continue
+    ranks = dict.fromkeys((c.attack, c.rule) for c, n in rows if n == NONE)
+    return "\n".join(ranking(rows, given, attack, rule, task) for attack, rule in ranks)
+
+
+def ranking(rows: Rows, given: Mapping[str, str], attack: str, rule: str, task: str) -> str:
+    cells = [c for c, n in rows if n == NONE and (c.attack, c.rule) == (attack, rule)]
+    lines: dict[tuple[bool, int, float, str], list[object]] = {}
+    for name, means in given.items():
+        own = [c for c in cells if (c, name) in rows]
+        if own:
             at_gain = {c: value_at(rows, c, name, AT, task) for c in own}
-            taken = {c: chosen(whole_front(rows, c, name)) for c in own}
-            kept = fmean(reference(rows, c, task).gain(accuracy(p, "test", task)) for c, p in taken.items())
-            estimated = [
-                interval(by_world(values))
-                for values in (
-                    {c: asr for c, (asr, _) in at_gain.items()},
-                    {c: 100 * fraction(p["asr"]) for c, p in taken.items()},
-                )
-            ]
-            reached = f"{sum(ok for _, ok in at_gain.values())} of {len(own)}"
-            place = (name == ORACLE, -len(own), fmean(asr for asr, _ in at_gain.values()))
-            ranked.append(
-                (place, [attack, rule, name, estimated[0], reached, estimated[1], f"{100 * kept:.0f}", means])
-            )
-        shipped = fmean(100 * reference(rows, c, task).base_asr for c in cells)
-        body += [[attack, rule, RIVALS[0], "-", f"0 of {len(cells)}", f"{shipped:.1f}", "0", "the base"]]
-        body += [line for _, line in sorted(ranked, key=lambda pair: pair[0])]
+            place = (name == ORACLE, -len(own), fmean(asr for asr, _ in at_gain.values()), name)
+            lines[place] = [name, *ranked_line(rows, name, at_gain, task), means]
+    shipped = fmean(100 * reference(rows, c, task).base_asr for c in cells)
+    base = [RIVALS[0], "-", f"0 of {len(cells)}", f"{shipped:.1f}", "0", "the base"]
     at = f"at {100 * AT:.0f} %"
-    title = (
-        f"ASR {at} retained gain of {task}, in how many merges that is reached (elsewhere the undefended ASR counts),\n"
-        "ASR and retained gain at the chosen strength; per cent, 95 % t intervals over worlds"
+    header = ["defence", at, "reached", "chosen", "kept %", "given"]
+    return text_table(
+        f"{attack} BadMerging-on, {task}, {rule}", header, [base, *(lines[place] for place in sorted(lines))]
     )
-    return text_table(title, ["attack", "merge", "defence", at, "reached", "chosen", "kept %", "given"], body)
+
+
+def ranked_line(rows: Rows, name: str, at_gain: Mapping[Any, tuple[float, bool]], task: str) -> list[object]:
+    """ASR at the gain, in how many merges that is reached, ASR and retained gain at the chosen strength."""
+    taken = {c: chosen(whole_front(rows, c, name)) for c in at_gain}
+    kept = fmean(reference(rows, c, task).gain(accuracy(p, "test", task)) for c, p in taken.items())
+    return [
+        interval(by_world({c: asr for c, (asr, _) in at_gain.items()})),
+        f"{sum(ok for _, ok in at_gain.values())} of {len(at_gain)}",
+        interval(by_world({c: 100 * fraction(p["asr"]) for c, p in taken.items()})),
+        f"{100 * kept:.0f}",
+    ]
 
 
 def primary_table(rows: Rows, attack: str, task: str) -> str:
