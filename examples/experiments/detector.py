@@ -12,7 +12,7 @@ a bank that was made on another base.
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -101,31 +101,29 @@ def everything(wanted: Sequence[Case]) -> list[Job]:
     )
 
 
-def screened(vectors: Mapping[str, TaskVector], world: World) -> dict[str, float]:
-    """Contributor -> the highest score that a world's bank gives it."""
-    scores = defenses.bank_scores(vectors.values(), {c: [own] for c, own in probes(world, TASK).items()})
-    return {task: max(row.values()) for task, row in zip(vectors, scores, strict=True)}
+def scores_by(world: World, vectors: Sequence[TaskVector]) -> list[dict[int, float]]:
+    """What a world's bank says of each contributor: class -> score."""
+    return defenses.bank_scores(vectors, {c: [own] for c, own in probes(world, TASK).items()})
 
 
 def measured(case: Case) -> dict[str, Any]:
     """What is seen of every contributor, whom the bank flags, and what the attack is worth in the undefended merge."""
     jobs = contributors(case)
-    vectors = {task: second.vector(job) for task, job in jobs.items()}
-    own = {c: [probe] for c, probe in probes(case.world, TASK).items()}
-    flags = defenses.flagged(defenses.bank_scores(vectors.values(), own), THRESHOLD)
-    alone = dict(zip(vectors, defenses.screen(vectors.values()), strict=True))
-    asr = {}
+    tasks, vectors = list(jobs), [second.vector(job) for job in jobs.values()]
+    own, strangers = (scores_by(world, vectors) for world in (case.world, other_base(case.world)))
+    alone = defenses.screen(vectors)
+    asr: dict[str, list[int]] = {}
     if case.attack:
         base = zoo.base(case.world.setting)
         for name in MERGES:
             rule = RULES[name]
-            asr[name] = fooled(jobs[TASK], rule.merge(list(vectors.values())).apply(base, rule.scale))
+            asr[name] = fooled(jobs[TASK], rule.merge(vectors).apply(base, rule.scale))
     return {
-        "bank": screened(vectors, case.world),
-        "bank of another base": screened(vectors, other_base(case.world)),
-        "norm": {task: found.norm for task, found in alone.items()},
-        "leading": {task: found.leading for task, found in alone.items()},
-        "flagged": sorted({list(vectors)[flag.contributor] for flag in flags}),
+        "bank": {task: max(row.values()) for task, row in zip(tasks, own, strict=True)},
+        "bank of another base": {task: max(row.values()) for task, row in zip(tasks, strangers, strict=True)},
+        "norm": {task: found.norm for task, found in zip(tasks, alone, strict=True)},
+        "leading": {task: found.leading for task, found in zip(tasks, alone, strict=True)},
+        "flagged": sorted({tasks[flag.contributor] for flag in defenses.flagged(own, THRESHOLD)}),
         "asr": asr,
     }
 
