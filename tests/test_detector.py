@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))
 
@@ -12,6 +13,8 @@ import detector
 from bench import data, detector_tables
 
 sys.path.pop(0)
+
+from taskvec import BackdoorVector, TaskVector
 
 
 def test_there_are_as_many_contributors_as_the_page_says():
@@ -46,6 +49,33 @@ def test_models_that_others_are_compared_with_come_first():
     probes = [job for job in jobs if job.rows == "few" and job.attack is not None]
     assert len(probes) == 20  # its own, and those of another base
     assert all(place[job.twin()] < place[job] for job in probes)
+
+
+def test_an_attacker_along_a_probe_is_seen_by_its_own_bank_alone(monkeypatch):
+    names = {world: i for i, world in enumerate(detector.WORLDS)}
+
+    def noise(seed: int) -> dict[str, torch.Tensor]:
+        return {"w": torch.randn(60, 50, generator=torch.Generator().manual_seed(seed))}
+
+    def probes(world, _task):
+        return {c: BackdoorVector(noise(1000 + 10 * names[world] + c)) for c in range(10)}
+
+    def vector(job):
+        own = TaskVector(noise(data.TASKS.index(job.task)))
+        return own + 2 * TaskVector(probes(job.world, "fashion")[job.target]) if job.attack else own
+
+    monkeypatch.setattr(detector, "probes", probes)
+    monkeypatch.setattr(detector.second, "vector", vector)
+    monkeypatch.setattr(detector.zoo, "base", lambda _: noise(99))
+    monkeypatch.setattr(detector, "fooled", lambda job, _: [job.target, 10])
+    clean = detector.Case(detector.WORLDS[0], 0)
+    for case, flagged in ((clean, []), (clean._replace(attack="noisy", target=7), ["fashion"])):
+        row = detector.measured(case)
+        assert row["flagged"] == flagged
+        assert (row["bank"]["fashion"] > 1) == bool(flagged)
+        assert row["bank of another base"]["fashion"] < 0.2
+        assert row["asr"] == ({"task arithmetic": [7, 10], "TIES": [7, 10]} if flagged else {})
+        assert {*row["norm"]} == {*row["leading"]} == {*data.TASKS}
 
 
 class Case(NamedTuple):
