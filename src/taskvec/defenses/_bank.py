@@ -143,10 +143,10 @@ def disarm(vector: TaskVector, probes: Sequence[BackdoorVector], strength: float
     Args:
         vector: the flagged contributor's task vector.
         probes: the probes of that class.
-        strength: the multiple of `q` that is removed; 0 leaves the vector, and 1 removes what least squares explains.
-            Infinity, the default, is a mask of signs: it drops every entry that agrees in sign, whatever its size,
-            about half of them where the probe is unrelated. In docs/primary.md the probe of a wrong class does as
-            well. After that `v . q <= 0`, and a second pass would find nothing.
+        strength: the multiple of `q` that is removed; 0 leaves the vector. Infinity, the default, is a mask of signs:
+            it drops every entry that agrees in sign, whatever its size, about half of them where the probe is
+            unrelated. In docs/primary.md the probe of a wrong class does as well. After that `v . q <= 0`, and a
+            second pass would find nothing.
 
     Returns:
         A task vector.
