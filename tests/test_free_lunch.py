@@ -180,14 +180,33 @@ def test_what_is_gone_is_undefined_where_there_was_nothing():
     assert lunch_tables.gone(20, 20, 20) != lunch_tables.gone(20, 20, 20)
 
 
+def line(title: str, asr: list[int], attack: str = "cf@20", rule: str = "WAG") -> lunch_tables.Shown:
+    def rows_of(values: list[int]) -> list[dict[str, int]]:
+        return [{"fooled": x, "triggered": 100, "correct": 80 + i, "n": 100} for i, x in enumerate(values)]
+
+    others = [rows_of(values) for values in (asr, [5, 7], [99, 100], [0, 0])]
+    return lunch_tables.Shown(attack, title, rule, rows_of(asr), *others)
+
+
+def test_rules_are_crossed_with_attacks():
+    lines = [
+        line("alone", [99, 100], "badnet"),
+        line("+ 2 clean", [52, 7], "badnet"),
+        line("+ 2 clean", [99, 100], "badnet", "TIES"),
+        line("+ 2 clean", [5, 7], "sent"),
+        line("+ 1 clean", [5, 7], "sent"),
+        line("alone", [99, 100], "sent", "ONION"),
+    ]
+    table = [row.split() for row in lunch_tables.rules_table(lines).splitlines()[3:]]
+    assert table[0][-3:] == ["badnet", "sent", "CACC"]
+    assert table[1] == ["+", "2", "clean", "WAG", "30", "(75)", "6", "(100)", "80.5"]
+    assert table[2] == ["+", "2", "clean", "TIES", "100", "(0)", "-", "80.5"]
+    assert table[3] == ["alone", "ONION", "-", "100", "(0)", "80.5"]
+    assert len(table) == 4
+    assert lunch_tables.rules_table(lines[:3]) == ""
+
+
 def test_orderings_are_compared_seed_by_seed_and_victims_together():
-    def line(title: str, asr: list[int], attack: str = "cf@20", rule: str = "WAG") -> lunch_tables.Shown:
-        def rows_of(values: list[int]) -> list[dict[str, int]]:
-            return [{"fooled": x, "triggered": 100} for x in values]
-
-        others = [rows_of(values) for values in (asr, [5, 7], [99, 100], [0, 0])]
-        return lunch_tables.Shown(attack, title, rule, rows_of(asr), *others)
-
     lines = [line("+ 1 clean", [40, 60]), line("+ 2 clean", [30, 20]), line("+ 2 clean", [31, 19], rule="TIES")]
     table = lunch_tables.orderings_table(lines).splitlines()
     (second,) = [row for row in table if row.startswith("a second partner")]
@@ -324,6 +343,6 @@ def test_the_page_shows_what_the_rows_give(capsys, monkeypatch):
     assert printed[:-1] == table
     page = (root / "docs" / "free_lunch.md").read_text("utf-8")
     for line in table:
-        if " WAG " in line and "clean" in line and not line.startswith(("cf@10 ", "cf@1 ")):
+        if " WAG " in line and "clean" in line and "+-" in line and not line.startswith(("cf@10 ", "cf@1 ")):
             asr = line.split("+-")[1].split()[1]
             assert f"{asr} ±" in page, line

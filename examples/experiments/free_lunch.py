@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import cells, command, texts
-from bench.lunch_tables import Shown, draw, lines_table, orderings_table, together_table
+from bench.lunch_tables import Shown, draw, lines_table, orderings_table, rules_table, together_table
 from bench.progress import progress
 from bench.texts import Recipe, Rows
 from bench.zoo import workforce
@@ -438,7 +438,9 @@ def shown(one: Line, read: Callable[[Cell], Mapping[str, Any]]) -> Shown:
 def print_tables(title: str, lines: Sequence[Shown]) -> None:
     """The lines, and what follows from them seed by seed."""
     together = [one for one in lines if one.title == f"+ {len(WORDS) - 1} other attacks"]
-    for table in (lines_table(title, lines), orderings_table(lines), together_table(together)):
+    four = [one for one in lines if one.attack in texts.ATTACKS]
+    tables = (lines_table(title, lines), rules_table(four), orderings_table(lines), together_table(together))
+    for table in tables:
         if table:
             print(table)
 

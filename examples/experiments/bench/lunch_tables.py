@@ -81,6 +81,10 @@ ORDERINGS: tuple[tuple[str, Named, Named], ...] = (
     ("TIES against the average", ("+ 2 clean", "TIES", "cf@20"), ("+ 2 clean", "WAG", "cf@20")),
     ("10 % poisoned against 20 %, one partner", ("+ 1 clean", "WAG", "cf@10"), ("+ 1 clean", "WAG", "cf@20")),
     ("the same, two partners", ("+ 2 clean", "WAG", "cf@10"), ("+ 2 clean", "WAG", "cf@20")),
+    *(
+        (f"{attack}: TIES against the average", ("+ 2 clean", "TIES", attack), ("+ 2 clean", "WAG", attack))
+        for attack in ("badnet", "sent", "lws", "hidden")
+    ),
 )
 """What is compared seed by seed: its name, a line, and the line that it is compared with."""
 
@@ -94,6 +98,31 @@ def orderings_table(lines: Sequence[Shown]) -> str:
             values = [a - b for a, b in zip(known[one], known[other], strict=True)]
             rows.append([name, estimate(values), f"{sum(x > 0 for x in values)} of {len(values)}"])
     return text_table("ASR seed by seed, points", ["what", "difference", "higher in"], rows) if rows else ""
+
+
+def rules_table(lines: Sequence[Shown], title: str = "+ 2 clean") -> str:
+    """Rules by attacks: ASR, in brackets the share of the backdoor that is gone, and the mean accuracy over the attacks.
+
+    Rules of the victim alone come last; with fewer than two attacks there is no table.
+    """
+    attacks = list(dict.fromkeys(one.attack for one in lines))
+    wanted = [one for one in lines if one.title == title or (one.title == "alone" and one.rule != "WAG")]
+    rules = dict.fromkeys((one.title, one.rule) for one in wanted)
+    found = {(one.title, one.rule, one.attack): one for one in wanted}
+    if len(attacks) < 2 or not rules:
+        return ""
+    body: list[list[object]] = []
+    for merge, rule in rules:
+        own = [found.get((merge, rule, attack)) for attack in attacks]
+        accuracies = [fmean(rate(one.own, "correct", "n")) for one in own if one]
+        body.append([merge, rule, *(_left(one) if one else "-" for one in own), f"{fmean(accuracies):.1f}"])
+    header = ["merge of", "rule", *attacks, "CACC"]
+    return text_table("ASR (and the share gone of what is above the floor), means over seeds, per cent", header, body)
+
+
+def _left(one: Shown) -> str:
+    triples = zip(rate(one.own), rate(one.floor), rate(one.victim), strict=True)
+    return f"{fmean(rate(one.own)):.0f} ({fmean(gone(*values) for values in triples):.0f})"
 
 
 def together_table(lines: Sequence[Shown]) -> str:
