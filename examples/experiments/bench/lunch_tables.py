@@ -101,7 +101,7 @@ def orderings_table(lines: Sequence[Shown]) -> str:
 
 
 def rules_table(lines: Sequence[Shown], title: str = "+ 2 clean") -> str:
-    """Rules by attacks: ASR, in brackets the share of the backdoor that is gone, and the mean accuracy over the attacks.
+    """Rules by attacks: ASR, the share of the backdoor that is gone (in brackets), mean accuracy over attacks.
 
     Rules of the victim alone come last; with fewer than two attacks there is no table.
     """
