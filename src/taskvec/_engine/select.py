@@ -30,7 +30,7 @@ LOW = (1 << 32) - 1
 TOP = (1 << 63) - 1
 SMALL = 1 << 16  # so many keys are collected without a bracket
 SAMPLE = 1 << 20  # keys of a vector in a sample, at most
-HELD = 1 << 22  # keys of a vector that are collected, about; of more only a part, to narrow the bracket by
+HELD = 1 << 21  # keys of a vector that are collected, about; of more only a part, to narrow the bracket by
 
 
 class Key(NamedTuple):
@@ -304,7 +304,7 @@ class Known(NamedTuple):
     sample: Any
     fraction: float
     total: int
-    width: float = 4.0
+    width: float = 3.5  # one bracket in two thousand misses, and costs a pass
     stuck: bool = False  # a bracket that cannot be narrowed: many keys are equal
 
     def bracket(self) -> Bracket:
@@ -325,8 +325,8 @@ def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, eq
     known = [Known((), (rank or 0) / max(1, count), count) for rank, count in zip(ranks, counts, strict=True)]
     if max((count for rank, count in zip(ranks, counts, strict=True) if rank is not None), default=0) > SMALL:
         parts = yield Look(_sample, (equals,), sample=min(SAMPLE, int(entries ** (2 / 3))))
-        for i, own in enumerate(zip(*parts, strict=True)):
-            known[i] = known[i]._replace(sample=np.sort(np.concatenate(own)))
+        for i in range(len(known)):
+            known[i] = known[i]._replace(sample=np.sort(np.concatenate(_taken(parts, i))))
     while any(rank is not None and own is None for rank, own in zip(ranks, found, strict=True)):
         brackets = [
             None if rank is None or own is not None else about.bracket()
@@ -336,13 +336,21 @@ def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, eq
         for i, bracket in enumerate(brackets):
             if bracket is None:
                 continue
-            result = _ranked([part[i] for part in parts], ranks[i] or 0, bracket)
+            result = _ranked(_taken(parts, i), ranks[i] or 0, bracket)
             if isinstance(result, Found):
                 found[i] = result
             elif result is not None:
                 known[i] = result._replace(stuck=2 * result.total > known[i].total)
             else:  # wider, and in the end everything
                 known[i] = known[i]._replace(width=8 * known[i].width)
+    return found
+
+
+def _taken(parts: Sequence[list[Any]], i: int) -> list[Any]:
+    """Of every block what is the i-th vector's, taken out, so that its keys are freed before those of the next."""
+    found = [part[i] for part in parts]
+    for part in parts:
+        part[i] = None
     return found
 
 
