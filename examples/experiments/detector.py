@@ -153,6 +153,19 @@ def kept_tables(wanted: Sequence[Case]) -> str:
     return tables({case: kept[key] for case in wanted if (key := key_of(case)) in kept}, TASK)
 
 
+def run(todo: Sequence[Case], workers: int) -> None:
+    """Train what some cases need, clean models first, and measure them."""
+    jobs = everything(todo)
+    for setting in dict.fromkeys(job.world.setting for job in jobs):
+        zoo.prepare(setting, [])
+    with workforce(workers) as pool:
+        for title, attacked in (("clean models", False), ("attacks and probes", True)):
+            zoo.at_once(pool, title, second.model, [job for job in jobs if (job.attack is not None) == attacked])
+        with progress("merges", len(todo)) as step:
+            for _ in pool.map(fill, todo):
+                step()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one world, one target")
@@ -163,17 +176,10 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = cases(WORLDS[:1], TARGETS[:1]) if given.quick else cases(WORLDS)
     kept = cells.read(cells.FOLDER / TABLE)
-    todo = [case for case in wanted if key_of(case) not in kept]
-    if todo and not given.tables:
-        for world in dict.fromkeys(job.world for job in everything(todo)):
-            zoo.prepare(world.setting, [])
-        with workforce(given.workers) as pool:
-            jobs = everything(todo)
-            for title, attacked in (("clean models", False), ("attacks and probes", True)):
-                zoo.at_once(pool, title, second.model, [job for job in jobs if (job.attack is not None) == attacked])
-            with progress("merges", len(todo)) as step:
-                for _ in pool.map(fill, todo):
-                    step()
+    for world in dict.fromkeys(case.world for case in wanted):  # whole worlds, so that a run may be stopped after one
+        todo = [case for case in wanted if case.world == world and key_of(case) not in kept]
+        if todo and not given.tables:
+            run(todo, given.workers)
     print(kept_tables(wanted))
     print(f"{time.monotonic() - start:.0f} s")
 
