@@ -57,16 +57,23 @@ def test_an_attacker_along_a_probe_is_seen_by_its_own_bank_alone(monkeypatch):
     def noise(seed: int) -> dict[str, torch.Tensor]:
         return {"w": torch.randn(60, 50, generator=torch.Generator().manual_seed(seed))}
 
+    def plus(x, y, factor=1):
+        return {"w": x["w"] + factor * y["w"]}
+
     def probes(world, _task):
-        return {c: BackdoorVector(noise(1000 + 10 * names[world] + c)) for c in range(10)}
+        base = noise(2000 + world.base)  # recorded, as a real probe's is
+        return {c: BackdoorVector.between(clean=base, backdoored=plus(base, noise(1000 + 10 * names[world] + c)),
+                                          pretrained=base) for c in range(10)}  # fmt: skip
 
     def vector(job):
-        own = TaskVector(noise(data.TASKS.index(job.task)))
-        return own + 2 * TaskVector(probes(job.world, "fashion")[job.target]) if job.attack else own
+        base, own = noise(2000 + job.world.base), noise(data.TASKS.index(job.task))
+        if job.attack:
+            own = plus(own, noise(1000 + 10 * names[job.world] + job.target), 2)
+        return TaskVector.between(base, plus(base, own))
 
     monkeypatch.setattr(detector, "probes", probes)
     monkeypatch.setattr(detector.second, "vector", vector)
-    monkeypatch.setattr(detector.zoo, "base", lambda _: noise(99))
+    monkeypatch.setattr(detector.zoo, "base", lambda setting: noise(2000 + setting.base_seed))
     monkeypatch.setattr(detector, "fooled", lambda job, _: [job.target, 10])
     clean = detector.Case(detector.WORLDS[0], 0)
     for case, flagged in ((clean, []), (clean._replace(attack="noisy", target=7), ["fashion"])):

@@ -25,7 +25,7 @@ from bench.progress import progress
 from bench.second import Attack, Job, World
 from bench.second_measures import fooled, probes
 from bench.zoo import workforce
-from taskvec import TaskVector, defenses
+from taskvec import BackdoorVector, TaskVector, defenses
 
 TABLE = "detector.jsonl"
 TASK, TARGETS = "fashion", (2, 7)
@@ -102,8 +102,9 @@ def everything(wanted: Sequence[Case]) -> list[Job]:
 
 
 def scores_by(world: World, vectors: Sequence[TaskVector]) -> list[dict[int, float]]:
-    """What a world's bank says of each contributor: class -> score."""
-    return defenses.bank_scores(vectors, {c: [own] for c, own in probes(world, TASK).items()})
+    """What a world's bank says of each contributor: class -> score. A stranger's is of another base, which is meant."""
+    bank = {c: [BackdoorVector(dict(own))] for c, own in probes(world, TASK).items()}
+    return defenses.bank_scores([TaskVector(dict(vector)) for vector in vectors], bank)
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -169,12 +170,13 @@ def run(todo: Sequence[Case], workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one world, one target")
+    parser.add_argument("--worlds", type=int, default=len(WORLDS), help="so many of them")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--tables", action="store_true", help="print what is there, measure nothing")
     given = parser.parse_args()
     start = time.monotonic()
     torch.set_num_threads(1)
-    wanted = cases(WORLDS[:1], TARGETS[:1]) if given.quick else cases(WORLDS)
+    wanted = cases(WORLDS[:1], TARGETS[:1]) if given.quick else cases(WORLDS[: given.worlds])
     kept = cells.read(cells.FOLDER / TABLE)
     for world in dict.fromkeys(case.world for case in wanted):  # whole worlds, so that a run may be stopped after one
         todo = [case for case in wanted if case.world == world and key_of(case) not in kept]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import cache as disk
 from bench import cells, command, texts
 from bench.lunch_tables import Shown, draw, lines_table, orderings_table, rules_table, together_table
 from bench.progress import progress
@@ -147,10 +148,17 @@ def stock(models: Sequence[Params], given: Given, strength: float) -> Params:
     return merge(vectors(models, given), merges.model_stock).apply(given.base)
 
 
+def information(model: Params, given: Given, exact: bool) -> Params:
+    """A model's Fisher information on a hundred of the defender's rows: of each model once, for it takes a minute."""
+    rows = given.rows.part(slice(100))
+    about = {"model": disk.digest(model), "recipe": given.recipe._asdict(), "exact": exact, "rows": [*map(list, rows)]}
+    return disk.tensors("fisher", about, partial(texts.fisher, model, rows, given.recipe, exact=exact))
+
+
 def by_fisher(exact: bool, models: Sequence[Params], given: Given, strength: float) -> Params:
     """The average with the weight of each entry by its Fisher information, on the defender's rows."""
     del strength
-    weights = [texts.fisher(model, given.rows.part(slice(100)), given.recipe, exact=exact) for model in models]
+    weights = [information(model, given, exact) for model in models]
     floor = 1e-10
     return {
         name: sum((w[name] + floor) * model[name] for w, model in zip(weights, models, strict=True))
