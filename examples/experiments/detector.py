@@ -27,7 +27,7 @@ from bench.second_measures import fooled, probes
 from bench.zoo import workforce
 from taskvec import BackdoorVector, TaskVector, defenses
 
-TABLE = "detector.jsonl"
+TABLE = "second_detector.jsonl"
 TASK, TARGETS = "fashion", (2, 7)
 WORLDS = tuple(World(seed, seed % 3) for seed in (40, 41, 42, 43, 44))
 CLEAN_MERGES = 8  # of a world
