@@ -609,6 +609,14 @@ def test_what_survived_a_measured_drop_is_told_to_the_second_pass(rule, options,
     assert once["a"].count_nonzero() == measured["a"].count_nonzero()
 
 
+def test_an_empty_tensor_has_nothing_to_restore():
+    assert drop(torch.empty(0), 0.5, seed=0, rescale="l1").shape == (0,)
+    assert merge([TaskVector({"w": torch.empty(0, 3)})] * 2, dare, density=0.5, seed=0, rescale="l1")["w"].shape == (
+        0,
+        3,
+    )
+
+
 def test_survivors_are_told_once_for_their_own_piece_and_to_no_other_process():
     x = torch.tensor([1.0, -2.0, 3.0])
     mask = torch.tensor([True, False, True])

@@ -217,7 +217,9 @@ def _measured(look: Look, seeds: tuple[int, ...], rescale: Rescale) -> Passes:
     if rescale != "l1":
         return [None] * len(seeds)
     found: list[Measured] = []
-    for parts in zip(*(yield look), strict=True):
+    blocks: list[list[Part]] = yield look
+    for i in range(len(seeds)):
+        parts = [block[i] for block in blocks]
         before, after = sum(part.before for part in parts), sum(part.after for part in parts)
         bits = {start: own for part in parts for start, own in part.bits.items()}
         found.append(Measured(before / after if after > 0 else 1.0, bits))
