@@ -25,8 +25,8 @@ class Measured:
 
     def mask(self, x: Tensor, at: Place) -> Tensor | None:
         """True where an entry of a piece survived; None where that is not known (any more)."""
-        count, bits = self._bits.pop(at.start, (0, None))
-        return as_tensor(np.unpackbits(bits, count=count).view(bool)).reshape(x.shape) if count == x.numel() else None
+        count, bits = self._bits.pop(at.start, (-1, None))
+        return None if count != x.numel() else as_tensor(np.unpackbits(bits, count=count).view(bool)).reshape(x.shape)
 
     @override
     def __reduce__(self) -> Any:
