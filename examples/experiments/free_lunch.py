@@ -34,7 +34,7 @@ TABLE = "free_lunch.jsonl"
 DETAILED = "tweets"  # the sentiment task with every line
 TARGET = 0  # of OLID's attacks: not offensive
 ROWS = cells.FOLDER / TABLE
-RECIPE = Recipe()
+RECIPE = Recipe(bfloat16=False)
 SENTIMENT = Recipe(epochs=4)  # with two, no rare word becomes a backdoor: there are few rows
 QUICK = SENTIMENT._replace(bfloat16=False)  # three times as fast on processors without bfloat16
 QUICK_ROWS = Path(__file__).parent / ".cache" / TABLE
@@ -393,8 +393,9 @@ def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[L
         others = [f"{other}@20" for other in WORDS if other != word]
         one = Model(data, f"{word}@20")
         found += [of_sentiment("+ 4 other attacks", one, "WAG", partial(attacked, data, others), few)]
-    found += [of_sentiment("+ 2 clean", victim, rule, two, few) for rule in RULES if rule not in (*ALONE, "TIES")]
-    found += [of_sentiment("alone", victim, rule, nobody, few) for rule in ALONE[1:]]
+    # all rules are compared on OLID, under four attacks
+    found += [of_sentiment("+ 2 clean", victim, rule, two, few) for rule in ("model stock", "switching")]
+    found += [of_sentiment("alone", victim, "ONION", nobody, few)]
     found += [of_sentiment("alone, Z-Def", victim._replace(cleaned="zdef"), "WAG", nobody, few)]
     for epochs in (1, 2):
         partners, shorter = partial(clean, data, 2, epochs=epochs), victim._replace(epochs=epochs)
