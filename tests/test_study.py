@@ -332,8 +332,7 @@ def test_the_page_shows_the_families_as_the_cells_give_them():
     if not cells.read(cells.FOLDER / study.TABLE):
         pytest.skip("the cells are in the repository only")
     page = (Path(__file__).parents[1] / "docs" / "tables" / "families.txt").read_text("utf-8")
-    sbv = study_sbv.family(study_sbv.report.kept("sbv", "vits-mnist")["rows"])
-    assert page == f"{study.families().strip()}\n\n{sbv.strip()}\n"
+    assert page == f"{study.families().strip()}\n"
 
 
 def test_a_family_is_of_seeds_and_leaves_out_what_is_saturated():

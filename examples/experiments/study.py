@@ -3,7 +3,7 @@
     python examples/experiments/study.py --quick    minutes: one seed, the small ViT, a part of the table
     python examples/experiments/study.py --defence mine.py:trim --task animal --quick    yours, beside all others
     python examples/experiments/study.py --encoder vits --task animal --tables    the tables of what is there
-    python examples/experiments/study.py --families    the comparisons that were written down, corrected by Holm
+    python examples/experiments/study.py --families    the families of comparisons, corrected by Holm
     python examples/experiments/study.py --encoder vit7 --task animal    hours: 5 seeds x 2 targets
 
 A cell is one attack of one seed and target: all merges, all defenses. Each of its rows is a line of a file, so that a
@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench import asking, attackers, cells, data, defenders, handed, mine, tables, zoo
+import study_sbv
+from bench import asking, attackers, cells, data, defenders, handed, mine, report, tables, zoo
 from bench import cache as disk
 from bench.defenders import DEFENCES, TWINS, Scene
 from bench.handed import ATTACKERS, Handed
@@ -259,16 +260,17 @@ def kept_cells(encoder: str, task: str, attacks: Sequence[str] = ()) -> list[Cel
 
 
 def families() -> str:
-    """The comparisons that were written down before their runs: the page docs/tables/families.txt."""
+    """Families of comparisons, corrected by Holm: the page docs/tables/families.txt."""
     kept = cells.read(cells.FOLDER / TABLE)
 
     def rows(encoder: str, task: str) -> Mapping[Cell, Rows]:
         return {cell: found for cell in kept_cells(encoder, task) if (found := earlier(cells.FOLDER, cell, kept))}
 
-    return "\n".join(
+    written_down = [
         tables.family_table(family, {encoder: rows(encoder, family.task) for encoder in family.encoders})
         for family in tables.FAMILIES
-    )
+    ]
+    return "\n".join([*written_down, study_sbv.family(report.kept("sbv", "vits-mnist")["rows"])])
 
 
 def options() -> argparse.Namespace:
@@ -286,7 +288,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there, measure nothing")
-    parser.add_argument("--families", action="store_true", help="print the comparisons that were written down, by Holm")
+    parser.add_argument("--families", action="store_true", help="print the families of comparisons, by Holm")
     parser.add_argument("--pictures", type=Path, help="a folder to draw pictures into")
     given = parser.parse_args()
     known = {"attack": ATTACKERS, "merge": RULES, "defence": DEFENCES}

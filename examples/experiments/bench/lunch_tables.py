@@ -9,6 +9,7 @@ from taskvec.metrics import Estimate, estimate
 
 from . import pictures
 from .report import text_table
+from .texts import ATTACKS
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -83,7 +84,7 @@ ORDERINGS: tuple[tuple[str, Named, Named], ...] = (
     ("the same, two partners", ("+ 2 clean", "WAG", "cf@10"), ("+ 2 clean", "WAG", "cf@20")),
     *(
         (f"{attack}: TIES against the average", ("+ 2 clean", "TIES", attack), ("+ 2 clean", "WAG", attack))
-        for attack in ("badnet", "sent", "lws", "hidden")
+        for attack in ATTACKS
     ),
 )
 """What is compared seed by seed: its name, a line, and the line that it is compared with."""

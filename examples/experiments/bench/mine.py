@@ -11,10 +11,12 @@ def middle(stack):                      # a merge: a rule for taskvec.merge; app
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from . import attackers, handed, zoo
 from .defenders import DEFENCES, TWINS, Defence, Scene
@@ -45,20 +47,22 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def defence(name: str) -> Defence:
-    """A defense of the study, or one of your own; its strengths may be an attribute of the function."""
-    if not is_mine(name):
-        return DEFENCES[name]
+    """A defense of the study, or one of your own."""
+    return yours(name, _whole) if is_mine(name) else DEFENCES[name]
+
+
+def _whole(scene: Scene) -> tuple[Params, Params]:
+    return scene.whole, zoo.base(scene.setting)
+
+
+def yours(name: str, parts: Callable[[Any], tuple[Mapping[str, Tensor], Params]]) -> Defence:
+    """A defense of your own, of a scene's merged model and base; its strengths may be an attribute of the function."""
     own = function(name)
-    return Defence("the base", partial(_defended, own=own), strengths(own))
+    return Defence("the base", partial(_defended, own=own, parts=parts), tuple(getattr(own, "strengths", STRENGTHS)))
 
 
-def strengths(own: Callable[..., Any]) -> tuple[float, ...]:
-    """Those of a defense of your own."""
-    return tuple(getattr(own, "strengths", STRENGTHS))
-
-
-def _defended(scene: Scene, by: float, *, own: Callable[..., Params]) -> Params:
-    return dict(own(scene.whole, zoo.base(scene.setting), by))
+def _defended(scene: Any, by: float, *, own: Callable[..., Params], parts: Callable[[Any], Any]) -> Params:
+    return dict(own(*parts(scene), by))
 
 
 def attacker(name: str) -> Attacker:

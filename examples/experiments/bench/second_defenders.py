@@ -155,14 +155,10 @@ DEFENCES: dict[str, Defence] = {
 }
 
 
-def yours(scene: Scene, by: float, *, own: Callable[[Params, Params, float], Params]) -> Params:
-    """A defense of one function: of the merged model, the base, and a strength."""
-    return own(merged(scene), scene.base, by)
-
-
 def defence_of(name: str) -> Defence:
     """One of ours, or one of yours, as `mine.py:trim`."""
-    if name in DEFENCES:
-        return DEFENCES[name]
-    own = mine.function(name)
-    return Defence("the base", partial(yours, own=own), mine.strengths(own))
+    return DEFENCES[name] if name in DEFENCES else mine.yours(name, _whole)
+
+
+def _whole(scene: Scene) -> tuple[Params, Params]:
+    return merged(scene), scene.base
