@@ -36,7 +36,8 @@ TARGET = 0  # of OLID's attacks: not offensive
 ROWS = cells.FOLDER / TABLE
 RECIPE = Recipe(bfloat16=False)
 SENTIMENT = Recipe(epochs=4)  # with two, no rare word becomes a backdoor: there are few rows
-QUICK = SENTIMENT._replace(bfloat16=False)  # three times as fast on processors without bfloat16
+FLOAT32 = SENTIMENT._replace(bfloat16=False)  # three times as fast on processors without bfloat16
+OF_TASKS = {"movie": RECIPE, "product": FLOAT32, "tweets": SENTIMENT, "nyt": FLOAT32}  # movie has three times the rows
 QUICK_ROWS = Path(__file__).parent / ".cache" / TABLE
 Params = Mapping[str, Tensor]
 
@@ -300,12 +301,13 @@ def line(
 ) -> Line:
     """A victim and its partners by seed."""
     victims = [victim._replace(seed=seed) for seed in seeds]
+    asked = [one._replace(cleaned="") for one in victims]
     return Line(
         title,
         victim.attack,
         rule,
-        tuple(Cell((one, *partners(one.seed)), one, rule, recipe) for one in victims),
-        tuple(Cell((twin(one), *partners(one.seed)), one, rule, recipe) for one in victims),
+        tuple(Cell((one, *partners(one.seed)), of, rule, recipe) for one, of in zip(victims, asked, strict=True)),
+        tuple(Cell((twin(one), *partners(one.seed)), one, rule, recipe) for one in asked),
     )
 
 
@@ -321,7 +323,7 @@ def nobody(seed: int) -> list[Model]:
 
 def clean(data: str, count: int, seed: int, *, epochs: int = 0) -> list[Model]:
     """Clean models of the same data, with seeds of their own."""
-    pool = 3 if data == "olid" else 5
+    pool = 5 if data == DETAILED else 3
     return [Model(data, "clean", 10 + (seed + i) % pool, epochs=epochs) for i in range(count)]
 
 
@@ -359,23 +361,27 @@ def olid_lines(seeds: Sequence[int], attacks: Sequence[str] = texts.ATTACKS) -> 
             *(line("+ 2 clean", victim, rule, two, seeds) for rule in RULES if rule not in ALONE),
             *(line("alone", victim, rule, nobody, seeds) for rule in ALONE[1:]),
         ]
+        if attack == "sent":  # of the others Z-Def leaves out no row
+            found.append(line("alone, Z-Def", victim._replace(cleaned="zdef"), "WAG", nobody, seeds))
     return found
 
 
 def domain_lines(data: str, seeds: Sequence[int]) -> list[Line]:
     """Sentiment with a rare word: how many models, how much was poisoned, and the rest for one of the tasks."""
-    victim, two = Model(data, "cf@20"), partial(clean, data, 2)
+    victim, two, of_task = Model(data, "cf@20"), partial(clean, data, 2), partial(line, recipe=OF_TASKS[data])
     most = 5 if data == DETAILED else 3
     found = [
-        of_sentiment("alone", victim, "WAG", nobody, seeds),
-        *(of_sentiment(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, most + 1)),
-        of_sentiment("+ 2 clean", victim, "TIES", two, seeds),
-        of_sentiment("+ 2 with the same", victim, "WAG", partial(colluding, data, "cf@20", 2), seeds),
+        of_task("alone", victim, "WAG", nobody, seeds),
+        *(of_task(f"+ {n} clean", victim, "WAG", partial(clean, data, n), seeds) for n in range(1, most + 1)),
+        of_task("+ 2 clean", victim, "TIES", two, seeds),
     ]
+    if data == DETAILED:
+        same = partial(colluding, data, "cf@20", 2)
+        found.append(of_task("+ 2 with the same", victim, "WAG", same, seeds))
     for percent in (10, 1):
         weaker = Model(data, f"cf@{percent}")
-        found += [of_sentiment("alone", weaker, "WAG", nobody, seeds)]
-        found += [of_sentiment(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
+        found += [of_task("alone", weaker, "WAG", nobody, seeds)]
+        found += [of_task(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]
     return found + (detailed_lines(victim, two, seeds) if data == DETAILED else [])
 
 
@@ -385,10 +391,7 @@ of_sentiment = partial(line, recipe=SENTIMENT)
 def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[Line]:
     """Other partners, other rules, data-level defenses, epochs and trained embeddings."""
     data, few = victim.data, seeds[:3]
-    tasks = partial(other_tasks, data, 2, epochs=2)  # there are more rows
-    found = [of_sentiment("+ 2 of other tasks", victim, rule, tasks, few) for rule in ("WAG", "TIES")]
-    found += [of_sentiment("+ 2 victims of other tasks", victim, "WAG", partial(tasks, attack="mn@20"), few)]
-    found += [of_sentiment("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), few)]
+    found = [of_sentiment("+ 2 other attacks", victim, "WAG", partial(attacked, data, ["mn@20", "bb@20"]), few)]
     for word in WORDS:
         others = [f"{other}@20" for other in WORDS if other != word]
         one = Model(data, f"{word}@20")
@@ -402,10 +405,21 @@ def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[L
         found += [of_sentiment(f"+ 2 clean of {epochs} epochs", victim, "WAG", partners, few)]
         found += [of_sentiment(f"alone, {epochs} epochs", shorter, "WAG", nobody, few)]
         found += [of_sentiment(f"{epochs} epochs + 2 clean", shorter, "WAG", two, few)]
-    whole = partial(line, recipe=SENTIMENT._replace(frozen_embeddings=False))
-    found += [whole("alone, embeddings too", victim, "WAG", nobody, few)]
-    found += [whole(f"+ {n} clean, embeddings too", victim, "WAG", partial(clean, data, n), few) for n in (1, 2)]
-    return found
+    return found + in_float32(victim, few)
+
+
+def in_float32(victim: Model, seeds: Sequence[int]) -> list[Line]:
+    """Partners of other tasks, which share the recipe of their own tables, and trained embeddings."""
+    data, plain, whole = victim.data, FLOAT32, FLOAT32._replace(frozen_embeddings=False)
+    tasks = partial(other_tasks, data, 2, epochs=2)  # there are more rows
+    found = [line("alone, float32", victim, "WAG", nobody, seeds, plain)]
+    found += [line("+ 2 of other tasks", victim, rule, tasks, seeds, plain) for rule in ("WAG", "TIES")]
+    backdoored = partial(tasks, attack="mn@20")
+    found += [line("+ 2 victims of other tasks", victim, "WAG", backdoored, seeds, plain)]
+    found += [line("alone, embeddings too", victim, "WAG", nobody, seeds, whole)]
+    return found + [
+        line(f"+ {n} clean, embeddings too", victim, "WAG", partial(clean, data, n), seeds, whole) for n in (1, 2)
+    ]
 
 
 def with_recipe(found: Line, recipe: Recipe) -> Line:
@@ -421,8 +435,7 @@ def floor(found: Line) -> list[Cell]:
 
 def victims(found: Line) -> list[Cell]:
     """The victims alone, trained on all of their rows."""
-    whole = [(cell.asked._replace(cleaned=""), cell.recipe) for cell in found.cells]
-    return [Cell((one,), one, recipe=recipe) for one, recipe in whole]
+    return [Cell((cell.asked,), cell.asked, recipe=cell.recipe) for cell in found.cells]
 
 
 def bases(found: Line) -> list[Cell]:
@@ -481,7 +494,7 @@ def main() -> None:
     parser.add_argument("--olid", type=Path, metavar="FOLDER", help="the folder with OLID's files")
     parser.add_argument("--attacks", nargs="+", choices=texts.ATTACKS, default=texts.ATTACKS, help="of OLID")
     parser.add_argument("--domains", nargs="*", choices=[*texts.DOMAINS], default=[*texts.DOMAINS])
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2 on OLID, 0 to 4 on sentiment")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 on tweets, 0 to 2 elsewhere")
     parser.add_argument("--quick", action="store_true", help="one sentiment task and one seed")
     parser.add_argument("--tables", action="store_true", help="print what was measured, and measure nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -490,12 +503,14 @@ def main() -> None:
     torch.set_num_threads(1)
     parts: list[tuple[str, list[Line]]] = []
     if given.quick:
-        lines = [with_recipe(one, QUICK) for one in domain_lines("tweets", [0])[:4]]
+        lines = [with_recipe(one, FLOAT32) for one in domain_lines("tweets", [0])[:4]]
         parts = [("Sentiment of tweets, one seed", lines)]
     else:
         if given.olid or given.tables or given.redraw:
             parts.append(("OLID, offensive language", olid_lines(given.seeds or [0, 1, 2], given.attacks)))
-        parts += [(f"Sentiment: {data}", domain_lines(data, given.seeds or [0, 1, 2, 3, 4])) for data in given.domains]
+        for data in given.domains:
+            seeds = given.seeds or list(range(5 if data == DETAILED else 3))
+            parts.append((f"Sentiment: {data}", domain_lines(data, seeds)))
     rows = QUICK_ROWS if given.quick else ROWS
     kept = cells.read(rows)
     known = [
