@@ -103,7 +103,7 @@ def test_padding_is_masked():
 def test_the_victim_is_in_each_cell_and_its_clean_twin_in_each_control(lines):
     for one in lines:
         for cell, control in zip(one.cells, one.controls, strict=True):
-            assert cell.models[0] == cell.asked
+            assert cell.models[0]._replace(cleaned="") == cell.asked
             assert control.models[0] == experiment.twin(cell.asked)
             assert control.models[1:] == cell.models[1:]
             assert control.asked == cell.asked
@@ -231,7 +231,7 @@ def test_every_rule_merges_and_the_trivial_ones_reach_the_base():
     names = [f"layer.{i}.w" for i in range(2)] + ["head.w"]
     base = {f"bert.{name}": torch.zeros(3, 4) for name in names}
     models = [{name: torch.randn(3, 4) for name in base} for _ in range(3)]
-    given = experiment.Given(base, Rows([], []), texts.Recipe())
+    given = experiment.lunch.Given(base, Rows([], []), texts.Recipe())
     for name, rule in experiment.RULES.items():
         for strength in rule.strengths:
             if not name.startswith(("Fisher", "RegMean")):  # those need a network
