@@ -1,6 +1,7 @@
 """The text experiment: its data, its lines and its table, without any model."""
 
 import gzip
+import re
 import sys
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"))
 
 import free_lunch as experiment
-from bench import lunch_tables, texts
+import free_lunch_bank
+from bench import lunch_bank, lunch_tables, texts
 from bench.finetuning import batches
 from bench.texts import Rows
+from taskvec import defenses
 
 # data
 
@@ -285,6 +288,44 @@ def test_a_victim_is_trained_merged_and_measured_once(tiny, tmp_path):
             both = experiment.value(experiment.Cell((victim, partner), victim, rule, tiny), kept, None, results)
             assert both["n"] == 40, rule
             assert both["strength"] in experiment.RULES[rule].strengths
+
+
+def test_the_bank_scores_every_model_and_the_highest_is_left_out(tiny):
+    victim = experiment.Model("tweets", "cf@30")
+    clean = tuple(experiment.clean("tweets", 4, 0))
+    attacked, harmless = (
+        lunch_bank.measured(lunch_bank.Case((first, *clean), victim, tiny))
+        for first in (victim, experiment.twin(victim))
+    )
+    assert [len(row) for row in attacked["scores"]] == [2] * 5
+    assert attacked["scores"][1:] == harmless["scores"][1:], "the clean ones are the same"
+    place, label, _ = attacked["highest"]
+    assert attacked["scores"][place][label] == max(score for row in attacked["scores"] for score in row)
+    rest = [model for i, model in enumerate((victim, *clean)) if i != place]
+    average = defenses.weight_average([experiment.lunch.trained(model, tiny, None) for model in rest])
+    asked = experiment.Cell((), victim, recipe=tiny)
+    merged = attacked["merges"]
+    assert merged["highest left out"] == experiment.lunch.measure(average, asked, None)._asdict()
+    assert merged["in doubt left out"] == harmless["merges"]["in doubt left out"]
+    assert attacked["probe"] == [20, 20]
+
+
+def test_the_tables_of_the_bank_tell_victims_from_the_clean_models_of_the_controls():
+    found = {}
+    for case in free_lunch_bank.cases([0, 1]):
+        attacked = case.models[0] == case.asked
+        counts = {"correct": 9, "n": 10, "fooled": 8 if attacked else 1, "triggered": 10, "flipped": 0, "others": 10}
+        found[case] = {
+            "scores": [[0.0, 0.5 if attacked else 0.1], [0.2, 0.1]],
+            "highest": [0 if attacked else 1, 1, 7.0 if attacked else 2.0],
+            "spectrum": [0.3, 0.3],
+            "merges": dict.fromkeys(["average", "highest left out"], counts),
+            "probe": [9, 10],
+        }
+    printed = free_lunch_bank.tables(found)
+    assert printed.count("cf@20") == 3
+    assert re.search(r"mn@20 +90 +1.00 +1.00 +0.50 +2 of 2 +2 of 2 +0 of 2", printed)
+    assert re.search(r"cf@20 +average +90.0 .* 80.0 .* 10.0 +90.0 +10 x 2", printed)
 
 
 def test_a_quick_run_has_the_lines_of_the_page_in_float32():
