@@ -30,7 +30,7 @@ DETAILED = "tweets"  # the sentiment task with every line
 ROWS = cells.FOLDER / TABLE
 SENTIMENT = Recipe(epochs=4)  # with two, no rare word becomes a backdoor: there are few rows
 FLOAT32 = SENTIMENT._replace(bfloat16=False)  # three times as fast on processors without bfloat16
-OF_TASKS = {"movie": RECIPE, "product": FLOAT32, "tweets": SENTIMENT, "nyt": FLOAT32}  # movie has three times the rows
+OF_TASKS = {"movie": FLOAT32._replace(epochs=1), "product": FLOAT32, "tweets": SENTIMENT, "nyt": FLOAT32}  # many rows
 QUICK_ROWS = Path(__file__).parent / ".cache" / TABLE
 
 
@@ -111,9 +111,14 @@ def colluding(data: str, attack: str, count: int, seed: int) -> list[Model]:
     return [Model(data, attack, seed + 20 + i) for i in range(count)]
 
 
-def other_tasks(data: str, count: int, seed: int, *, attack: str = "clean", epochs: int = 0) -> list[Model]:
-    """Models of other tasks."""
-    return [Model(domain, attack, seed, epochs=epochs) for domain in texts.DOMAINS if domain != data][:count]
+def other_tasks(data: str, count: int, seed: int) -> list[Model]:
+    """Clean models of other tasks."""
+    return [Model(domain, "clean", seed) for domain in texts.DOMAINS if domain != data][:count]
+
+
+def of_their_tables(attack: str, seed: int) -> list[Model]:
+    """The models of two other sentiment tasks, with an attack, that their own tables have."""
+    return [Model(domain, attack, seed, epochs=OF_TASKS[domain].epochs) for domain in ("movie", "product")]
 
 
 def olid_lines(seeds: Sequence[int], attacks: Sequence[str] = texts.ATTACKS) -> list[Line]:
@@ -183,12 +188,11 @@ def detailed_lines(victim: Model, two: Partners, seeds: Sequence[int]) -> list[L
 
 
 def in_float32(victim: Model, seeds: Sequence[int]) -> list[Line]:
-    """Partners of other tasks, which share the recipe of their own tables, and trained embeddings."""
-    data, plain, whole = victim.data, FLOAT32, FLOAT32._replace(frozen_embeddings=False)
-    tasks = partial(other_tasks, data, 2, epochs=2)  # there are more rows
+    """Partners of other tasks, and trained embeddings."""
+    data, plain, whole = victim.data, FLOAT32, FLOAT32._replace(epochs=2, frozen_embeddings=False)
+    tasks, backdoored = partial(of_their_tables, "clean"), partial(of_their_tables, "mn@20")
     found = [line("alone, float32", victim, "WAG", nobody, seeds, plain)]
     found += [line("+ 2 of other tasks", victim, rule, tasks, seeds, plain) for rule in ("WAG", "TIES")]
-    backdoored = partial(tasks, attack="mn@20")
     found += [line("+ 2 victims of other tasks", victim, "WAG", backdoored, seeds, plain)]
     found += [line("alone, embeddings too", victim, "WAG", nobody, seeds, whole)]
     return found + [
