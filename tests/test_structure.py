@@ -23,7 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     [
         "errors",
-        *("_engine.random", "_engine.names", "_engine.sources", "_engine.pieces"),
+        *("_engine.random", "_engine.names", "_engine.transfers", "_engine.sources", "_engine.pieces"),
         *(
             "_engine.pools",
             "_engine.totals",

@@ -22,6 +22,7 @@ from .pieces import Look, Pieces, Place, Statistic, piece_size, shaped, spans
 from .random import key_of
 from .run import Stack, collect
 from .sources import Memory, Pull, Source, Spec, frozen, remembered, widest
+from .transfers import moved_to
 
 __all__ = ["Ruled", "lift"]
 
@@ -121,7 +122,7 @@ class Ruled(Stack):
             x = self.stack(pull, self.pieces)
         else:
             # a stack is a copy; an unmarked leaf may work in place, and is given one too
-            own = pull(self.sources[0]).detach().to(device=self.device(pull.name), dtype=self.wide(pull.name))
+            own = moved_to(pull(self.sources[0]).detach(), self.device(pull.name), self.wide(pull.name))
             x = shaped((own if self.threads else own.clone())[None], spec, self.pieces)[0]
         kwargs = self.options.of(pull.name)
         shape = x.shape[1:] if self.stacked else x.shape

@@ -21,6 +21,7 @@ from .pieces import Look, Pieces, Place, Statistic, chunk_size, piece_size, samp
 from .pools import Pool, Work, pool_of
 from .random import key_of
 from .sources import Foreign, Pull, Source
+from .transfers import WORKERS
 
 __all__ = [
     "Fill",
@@ -429,10 +430,13 @@ def _elsewhere(plan: bytes, known: list[tuple[int, str, Any]], f: Callable[..., 
 def workers_of(run: Run, names: Sequence[str], wanted: int | None) -> int:
     """How many threads to use: one where torch, the caller's own function or the size leave no work for more."""
     nodes = set(run.same.values())
-    if any(run.root.device(name).type != "cpu" for name in names) or not all(map(_may_run_in_threads, nodes)):
+    devices = {run.root.device(name).type for name in names}
+    if not devices <= {"cpu", "cuda"} or not all(map(_may_run_in_threads, nodes)):
         return 1
     entries = sum(run.root.specs[name].entries for name in names) * max(1, sum(not s.sources for s in nodes))
-    return 1 if entries <= TINY else wanted or torch.get_num_threads()
+    if entries <= TINY:
+        return 1
+    return min(wanted or WORKERS, WORKERS) if "cuda" in devices else wanted or torch.get_num_threads()
 
 
 def _may_run_in_threads(source: Source) -> bool:

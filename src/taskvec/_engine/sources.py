@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import MismatchError, RuleError
+from .transfers import copy_into
 
 __all__ = [
     "Derived",
@@ -99,7 +100,7 @@ class Source:
                 f"{pull.name!r} must be {out.numel()} entries of {dtype} at {pull.start}; got {tuple(block.shape)} of "
                 f"{block.dtype}"
             )
-        out.copy_(block.detach())
+        copy_into(out, block.detach())
 
     def parts(self, name: str) -> Sequence[tuple["Source", str]]:
         """The tensors, of its sources, that one tensor is made of."""
@@ -205,7 +206,7 @@ class Pull:
         if id(source) not in self._seen and self._computes(source):
             source.into(self, out)
         else:
-            out.copy_(self(source).detach())
+            copy_into(out, self(source).detach())
 
     def _computes(self, source: Source) -> bool:
         """Whether the block is computed, not cut from the one that this is a part of: where that computes no more."""

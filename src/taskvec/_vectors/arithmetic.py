@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from .._engine.names import ABSENT, by_name, listed, unmatched
 from .._engine.sources import Derived, Memory, Pull, Source, Spec, elementwise, frozen, renamed
+from .._engine.transfers import moved_to
 from ..errors import MismatchError, MissingError, RangeError
 
 Scale: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
@@ -99,7 +100,8 @@ def divided(x: Tensor, divisor: float | Tensor) -> Tensor:
 
 def moved(x: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
     """A copy on another device, or in another dtype."""
-    return x.to(device=x.device if device is None else device, dtype=x.dtype if dtype is None else dtype, copy=True)
+    found = moved_to(x, x.device if device is None else device, x.dtype if dtype is None else dtype)
+    return x.clone() if found is x else found
 
 
 class Applied(Source):
