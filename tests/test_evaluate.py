@@ -383,6 +383,19 @@ def test_an_image_of_the_target_class_never_counts_and_the_trigger_sees_no_such_
     assert torch.equal(seen[0], EYE[[0, 2, 3]])
 
 
+def test_statistics_are_those_of_the_network_without_dropout():
+    """A network that drops half of its entries has other means and variances, and other ones at every call."""
+    torch.manual_seed(0)
+    batches = [torch.randn(64, 6) + 1 for _ in range(3)]
+    plain = nn.Sequential(nn.Identity(), nn.BatchNorm1d(6))
+    dropping = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(6)).train()
+    recalibrate(plain, batches)
+    recalibrate(dropping, batches)
+    for own, other in zip(dropping[1].buffers(), plain[1].buffers(), strict=True):
+        assert torch.equal(own, other)
+    assert dropping[0].training
+
+
 def test_recalibrated_statistics_are_plain_means_over_batches():
     module = nn.BatchNorm1d(2, momentum=0.5)
     batches = [torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[5.0, 1.0], [5.0, 1.0]]), torch.ones(2, 2)]

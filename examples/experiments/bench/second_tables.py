@@ -15,6 +15,7 @@ CONTROLS, NONE, ORACLE = "controls", "none", "oracle"
 OURS = "bank: disarm"
 RIVALS = ("ship the base", "shrinking", "clipping", "IBVS, the bank's probe")
 AT = 0.9  # the retained gain of the primary comparison
+LABELS = {"stealthy": "stealthy BadMerging-on", "noisy": "noisy BadMerging-on"}
 WITHIN = 0.01  # of the best validation accuracy that a defense reaches: the rule for its strength
 
 Row = Mapping[str, Any]
@@ -155,7 +156,7 @@ def defences_table(rows: Rows, names: Sequence[str], attack: str, rule: str, tas
     single = fmean(100 * fraction(controls(rows, c)["clean model"]["asr"]) for c in cells)
     size = f"{len({c.world for c in cells})} worlds x {len({c.target for c in cells})} targets"
     title = (
-        f"{attack} BadMerging-on, {task}, {rule}: {size}, n = {untouched[0]['front']['0']['asr'][1]}; "
+        f"{LABELS.get(attack, attack)}, {task}, {rule}: {size}, n = {untouched[0]['front']['0']['asr'][1]}; "
         f"all-clean merge: {100 * fmean(k.clean for k in known):.1f} % on the task, ASR {twin:.1f}; "
         f"clean single model: ASR {single:.1f};\n"
         "ASR, retained gain, accuracy on the task and mean over tasks at the chosen strength; then ASR where so much\n"
@@ -192,7 +193,7 @@ def ranking(rows: Rows, given: Mapping[str, str], attack: str, rule: str, task: 
     at = f"at {100 * AT:.0f} %"
     header = ["defence", at, "reached", "chosen", "kept %", "given"]
     return text_table(
-        f"{attack} BadMerging-on, {task}, {rule}", header, [base, *(lines[place] for place in sorted(lines))]
+        f"{LABELS.get(attack, attack)}, {task}, {rule}", header, [base, *(lines[place] for place in sorted(lines))]
     )
 
 

@@ -15,7 +15,7 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.Syn
 
 
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Re-estimate BatchNorm statistics, as the plain mean over batches.
+    """Re-estimate BatchNorm statistics, as the plain mean over batches; dropout is off.
 
     Args:
         module: a module with merged weights, changed in place. On any error its statistics are as before.
@@ -36,10 +36,10 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
     seen = 0
     with _restored(module, norms), torch.no_grad():
+        module.eval()  # dropout and its like would make them random, and those of another network
         for norm in norms:
-            norm.reset_running_stats()
+            norm.train().reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
-        module.train()
         for batch in batches:
             module(batch)
             seen += 1
