@@ -160,6 +160,22 @@ def test_the_code_of_a_function_is_what_it_and_its_helpers_do_and_not_how_it_is_
     assert cells.code_of(mine.function(f"{path}:trim")) != first
 
 
+def test_the_functions_of_a_script_count_as_those_of_the_bench_do(tmp_path, monkeypatch):
+    """A script's own functions make its rows too, whether it is run (its module is then `__main__`) or imported."""
+    monkeypatch.setattr(cells, "FOLDER", tmp_path / "results")
+
+    def code(step, module="script"):
+        text = f"def measured(x):\n    return helper(x)\n\n\ndef helper(x):\n    return x + {step}\n"
+        (tmp_path / "script.py").write_text(text)
+        linecache.clearcache()
+        space = {"__name__": module}
+        exec(compile(text, str(tmp_path / "script.py"), "exec"), space)
+        return cells.code_of(space["measured"])
+
+    assert code(1) == code(1, "__main__") == code(1, "__mp_main__")
+    assert code(2) != code(1)
+
+
 def test_the_arguments_of_a_partial_count(tmp_path):
     first, other = (cells.code_of(partial(attackers.on_task, coefficients=c)) for c in ((1.0, 1.0), (0.2, 1.0)))
     assert first != other

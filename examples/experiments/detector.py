@@ -130,7 +130,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def key_of(case: Case) -> str:
-    code = [cells.code_of(f) for f in (second.model, fooled, defenses.bank_scores, defenses.flagged, defenses.screen)]
+    code = [cells.code_of(f) for f in (second.model, measured)]
     told = {
         "jobs": {task: second.told(job) for task, job in contributors(case).items()},
         "bank": [

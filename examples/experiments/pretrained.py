@@ -78,14 +78,14 @@ def controls(cell: Cell) -> dict[str, Any]:
 
 def key_of(cell: Cell, name: str) -> str:
     """A hash of a cell, a defense and the code that measures it."""
-    defend = [] if name == "controls" else [DEFENCES[name].defend]
+    defend = [controls] if name == "controls" else [measured, DEFENCES[name].defend]
     told = {
         "job": imagenet.told(job_of(cell)),
         "rule": cell.rule,
         "name": name,
         "strengths": list(STRENGTHS.get(name, ())),
         "rows": [[imagenet.VALIDATED[own], imagenet.TESTED[own]] for own in (True, False)],
-        "code": [cells.code_of(f) for f in (imagenet.model, point, scene, *defend)],
+        "code": [cells.code_of(f) for f in (imagenet.model, *defend)],
     }
     return cells.key(told)
 

@@ -47,7 +47,7 @@ def append(path: Path, under: str, label: Sequence[str | int], value: Json) -> N
 
 
 def code_of(function: Callable[..., Any]) -> str:
-    """A hash of a function and of all functions of the bench, attacks and defenses that it calls.
+    """A hash of a function and of all functions of the experiments, attacks and defenses that it calls.
 
     Neither comments, docstrings, annotations nor the words of errors count; the arguments of a partial do.
     """
@@ -65,11 +65,19 @@ def _gather(value: Any, found: dict[str, str]) -> None:
             _gather(argument, found)
         value = value.func
     value = getattr(value, "__wrapped__", value)  # a cached function
-    name = isinstance(value, FunctionType) and f"{value.__module__}.{value.__qualname__}"
-    if name and name not in found and name.startswith((*OURS, "mine ")):
+    name = isinstance(value, FunctionType) and _name(value)
+    if name and name not in found:
         found[name] = _bare(value)
         for inner in _called(value):
             _gather(inner, found)
+
+
+def _name(function: FunctionType) -> str:
+    """The name of a function whose code makes a row; a script's is the same whether it is run or imported."""
+    file = Path(function.__code__.co_filename)
+    script = file.parent == FOLDER.parent and not function.__module__.startswith("mine ")
+    name = f"{file.stem if script else function.__module__}.{function.__qualname__}"
+    return name if script or name.startswith((*OURS, "mine ")) else ""
 
 
 @cache
