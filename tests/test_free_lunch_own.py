@@ -1,6 +1,7 @@
 """The text experiment with a model and texts of a user's own: four families of tiny size, end to end."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,33 @@ def test_factors_averaged_are_not_the_average(tmp_path):
     b, a = (sum(next(f[n] for n in f if kind in n) for f in factors) / 2 for kind in ("lora_B", "lora_A"))
     assert torch.allclose(found, b @ a, atol=1e-6)
     assert not torch.allclose(found, sum(products) / 2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
+def test_adapters_are_where_they_are_asked_for(data, tmp_path):
+    model = saved(tmp_path / "base", "bert")
+    setting = experiment.Setting(str(model), ("no", "yes"), rank=2)
+    base = experiment.load(experiment.opened(setting)[0])
+    rows = own_texts.fewer(own_texts.read(str(data)), 8).train
+    few, all_linear = (
+        experiment.tuned(base, rows, replace(setting, adapt=adapt), 0, 1, tmp_path / str(adapt))
+        for adapt in (None, "all-linear")
+    )
+    changed = {name for name, x in all_linear.items() if name.endswith("dense.weight") and x.any()}
+    assert len(changed) == 4
+    assert not any(name in few for name in changed)
+
+
+def test_fewer_rows_are_drawn_once_and_need_two_labels(data):
+    split = own_texts.read(str(data))
+    few = own_texts.fewer(split, 50)
+    assert few == own_texts.fewer(split, 50)
+    assert few.test == split.test
+    pairs = set(zip(*split.train, strict=True))
+    assert len(set(zip(*few.train, strict=True))) == 50
+    assert set(zip(*few.train, strict=True)) <= pairs
+    with pytest.raises(SystemExit, match="--rows must be more than 1"):
+        own_texts.fewer(split, 1)
 
 
 def test_models_that_are_there_are_merged_and_nothing_is_trained(data, tmp_path, capsys, monkeypatch):

@@ -43,6 +43,7 @@ class Setting:
     model: str
     classes: tuple[str, ...]  # labels in order; of a model that writes: none
     rank: int = 0  # of LoRA; 0: all weights
+    adapt: str | None = None  # the layers that get adapters; None: PEFT's own choice
     layers: int | None = None  # the first of the model's; None: all
     frozen_embeddings: bool = False
     lr: float = 2e-4
@@ -107,7 +108,8 @@ def tuned(base: Mapping[str, Tensor], rows: Rows, setting: Setting, seed: int, e
     if setting.rank:
         kind = "CAUSAL_LM" if setting.generates else "SEQ_CLS"
         torch.manual_seed(seed)
-        config = peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=0.05, task_type=kind)
+        how = {"lora_alpha": 2 * setting.rank, "lora_dropout": 0.05, "target_modules": setting.adapt}
+        config = peft.LoraConfig(r=setting.rank, task_type=kind, **how)
         model = peft.get_peft_model(model, config)
     elif setting.frozen_embeddings:
         for name, parameter in model.named_parameters():
@@ -311,6 +313,8 @@ def table(title: str, found: Sequence[Sequence[tuple[Compared, Measured, Measure
 def run(options: argparse.Namespace) -> str:
     """Measure what the options name."""
     split = own_texts.read(options.data)
+    if options.rows:
+        split = own_texts.fewer(split, options.rows)
     options.target = options.target or max(split.train.labels)
     classes = () if options.generate else own_texts.classes(split, options.target)
     if options.victim and classes:
@@ -320,7 +324,10 @@ def run(options: argparse.Namespace) -> str:
     setting = Setting(
         model=str(options.model or texts.encoder()),
         classes=classes,
-        **{name: getattr(options, name) for name in ("rank", "layers", "frozen_embeddings", "lr", "batch", "length")},
+        **{
+            name: getattr(options, name)
+            for name in ("rank", "adapt", "layers", "frozen_embeddings", "lr", "batch", "length")
+        },
         device=options.device,
         bfloat16=options.bfloat16,
     )
@@ -369,6 +376,10 @@ def main() -> None:
     parser.add_argument("--generate", action="store_true", help="a causal model that writes the label")
     parser.add_argument("--says", metavar="REGEX", help="what shows that the attack succeeded; default: the target")
     parser.add_argument("--rank", type=int, default=0, help="of LoRA; default: all weights are trained")
+    parser.add_argument(
+        "--adapt", metavar="LAYERS", help="that get adapters, such as all-linear; default: PEFT's choice"
+    )
+    parser.add_argument("--rows", type=int, help="so many rows to train on, drawn at random; default: all")
     parser.add_argument("--layers", type=int, help="the first layers of the model alone")
     parser.add_argument("--frozen-embeddings", action="store_true")
     parser.add_argument("--epochs", type=int, default=2)
@@ -382,6 +393,8 @@ def main() -> None:
     options = parser.parse_args()
     if bool(options.victim) != bool(options.partners):
         parser.error("--victim and --partners go together")
+    if options.rows is not None and options.rows < 2:
+        parser.error(f"--rows must be at least 2; got {options.rows}")
     if options.models < 2:
         parser.error(f"--models must be at least 2; got {options.models}")
     start = time.monotonic()

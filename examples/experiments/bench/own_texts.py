@@ -80,6 +80,20 @@ def _divided(path: Path, rows: list[tuple[str, str]]) -> Split:
     return Split(train, test)
 
 
+def fewer(split: Split, count: int) -> Split:
+    """The split with so many rows to train on, drawn at random, the same at every call.
+
+    Raises:
+        SystemExit: rows of one label only.
+    """
+    order = list(range(len(split.train.texts)))
+    random.Random(0).shuffle(order)  # noqa: S311 - an order, no secret
+    train = Rows(*([column[i] for i in order[:count]] for column in split.train))
+    if len(set(train.labels)) < 2:
+        raise SystemExit(f"--rows must be more than {count}: two labels are needed to train on")
+    return split._replace(train=train)
+
+
 def classes(split: Split, target: str) -> tuple[str, ...]:
     """The labels in order, the target among them."""
     found = tuple(sorted({*split.train.labels, *split.test.labels}))
