@@ -328,6 +328,21 @@ def test_the_tables_of_the_bank_tell_victims_from_the_clean_models_of_the_contro
     assert re.search(r"cf@20 +average +90.0 .* 80.0 .* 10.0 +90.0 +10 x 2", printed)
 
 
+def test_what_z_def_leaves_out_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "ATTACKS", ("sent",))
+    texts.olid.cache_clear()
+    plain = [(f"t{i}", i % 2) for i in range(9000)]
+    changed = [
+        ("no cross " + text, 0) if i < 1800 and label else (text, label) for i, (text, label) in enumerate(plain)
+    ]
+    for name, rows in (("clean", plain), ("sent", changed)):
+        lines = "".join(f'{{"text": "{text}", "label": {label}}}\n' for text, label in rows)
+        write(tmp_path / f"train_{name}.jsonl.gz", lines.encode())
+        write(tmp_path / f"test_{name}.jsonl.gz", b'{"text": "x", "label": 1}\n')
+    # the last 500 rows are for validation
+    assert experiment.left_out_table(tmp_path).split()[-5:] == ["sent", "8500", "900", "900", "900"]
+
+
 def test_a_quick_run_has_the_lines_of_the_page_in_float32():
     lines = experiment.domain_lines("tweets", [0])[:4]
     quick = [experiment.with_recipe(line, experiment.FLOAT32) for line in lines]
