@@ -1,7 +1,7 @@
 """Copies between the memory of the processor and that of a GPU, through page-locked memory.
 
-A copy to a GPU does not wait. What is computed there after it comes after it, and torch gives the page-locked memory to
-nobody else before the copy is done. A copy from a GPU waits; meanwhile the other of two threads reads its next block.
+A copy to a GPU does not wait. What is computed there after it comes after it, and torch does not give the page-locked
+memory away before the copy is done. A copy from a GPU waits; meanwhile the other of two threads reads its next block.
 """
 
 import torch
