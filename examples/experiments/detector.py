@@ -160,8 +160,7 @@ def run(todo: Sequence[Case], workers: int) -> None:
     for setting in dict.fromkeys(job.world.setting for job in jobs):
         zoo.prepare(setting, [])
     with workforce(workers) as pool:
-        for title, attacked in (("clean models", False), ("attacks and probes", True)):
-            zoo.at_once(pool, title, second.model, [job for job in jobs if (job.attack is not None) == attacked])
+        zoo.twins_first(pool, second.model, jobs)
         with progress("merges", len(todo)) as step:
             for _ in pool.map(fill, todo):
                 step()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,11 +25,11 @@ from bench.second import Attack, World
 from bench.second_defenders import DEFENCES
 from bench.second_tables import tables
 from bench.zoo import workforce
+from primary import MERGES, Cell
 
 ROWS = cells.FOLDER / "pretrained.jsonl"
 TASK, TARGETS = "fashion", (3,)
 WORLDS = tuple(World(seed, encoder="efficientnet-lite0") for seed in (50, 51, 52))
-MERGES = ("task arithmetic", "TIES")
 ATTACKS = {
     "BadNets": Attack(trigger="random", coefficients=(1.0, 1.0), weight=1.0),
     "BadMerging-on": Attack(weight=2.0, normalised=True),
@@ -43,15 +43,6 @@ STRENGTHS = {
     "bank: disarm": (1.0, 1.15, 1.3, 1.5),
     "WAG + 2": (1.0, 1.3),
 }
-
-
-class Cell(NamedTuple):
-    """One attack of one world under one merge."""
-
-    world: World
-    target: int
-    attack: str
-    rule: str
 
 
 def job_of(cell: Cell) -> Job:
@@ -134,10 +125,8 @@ def main() -> None:
     names = ["controls", *STRENGTHS]
     todo = [c for c in wanted if any((c, n) not in kept for n in names if n != "controls" or c.rule == MERGES[0])]
     if todo and not given.tables:
-        jobs = jobs_of(todo)
         with workforce(given.workers) as pool:
-            for title, attacked in (("clean models", False), ("attacks and probes", True)):
-                zoo.at_once(pool, title, imagenet.model, [job for job in jobs if (job.attack is not None) == attacked])
+            zoo.twins_first(pool, imagenet.model, jobs_of(todo))
             with progress("cells", len(todo)) as step:
                 for _ in pool.map(partial(fill, names=names), todo):
                     step()

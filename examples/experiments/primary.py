@@ -101,13 +101,11 @@ def fill(cell: Cell, names: Sequence[str]) -> None:
 
 
 def train(jobs: Sequence[Job], workers: int) -> None:
-    """Train what is missing, side by side, clean models first: probes and attacks are compared with them."""
+    """Train what is missing, side by side."""
     for world in dict.fromkeys(job.world for job in jobs):
         zoo.prepare(world.setting, [])
     with workforce(workers) as pool:
-        twins = [job for job in jobs if job.attack is None]
-        zoo.at_once(pool, "clean models", second.model, twins)
-        zoo.at_once(pool, "attacks and probes", second.model, [job for job in jobs if job.attack is not None])
+        zoo.twins_first(pool, second.model, jobs)
 
 
 def kept_rows(wanted: Sequence[Cell], names: Sequence[str] = ()) -> dict[tuple[Cell, str], Any]:

@@ -118,6 +118,13 @@ def at_once(executor: Executor, what: str, train: Callable[[T], object], asked: 
             step()
 
 
+def twins_first(executor: Executor, train: Callable[[T], object], jobs: Iterable[T]) -> None:
+    """Train clean models, then attacks and probes, which are compared with them; a job's `attack` tells them apart."""
+    todo = list(jobs)
+    for title, attacked in (("clean models", False), ("attacks and probes", True)):
+        at_once(executor, title, train, [job for job in todo if (job.attack is not None) == attacked])  # type: ignore[attr-defined]
+
+
 def _into_the_cache(train: Callable[[T], object], asked: T) -> None:
     train(asked)  # cheaper than to send the model back
 
