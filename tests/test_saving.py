@@ -158,6 +158,62 @@ def test_a_damaged_piece_is_written_again(disk, monkeypatch):
     assert bits(disk / "out.safetensors") == bits(disk / "whole.safetensors")
 
 
+@pytest.mark.parametrize("length", [1, 4095, 4096, 3 * 4096 + 5])
+def test_a_checksum_tells_every_change_apart(length):
+    random_bytes = torch.Generator().manual_seed(0)
+    data = torch.randint(0, 256, (length,), dtype=torch.uint8, generator=random_bytes)
+    found = {layout.checksum([data])}
+    for i in {0, length // 2, length - 1}:
+        found.add(layout.checksum([data ^ (torch.arange(length) == i).to(torch.uint8)]))  # one bit
+    assert len(found) == 1 + len({0, length // 2, length - 1})
+    for pages in range(0, length, 4096):  # a page that was never written
+        lost = data.clone()
+        lost[pages : pages + 4096] = 0
+        found.add(layout.checksum([lost]))
+    assert len(found) == 1 + len({0, length // 2, length - 1}) + -(-length // 4096)
+
+
+def test_a_checksum_sees_what_changed_places():
+    pages = torch.arange(4 * 512, dtype=torch.int64).reshape(4, 512)
+    swapped, moved = pages[[1, 0, 2, 3]], pages.clone()
+    moved[0, [3, 4]] = pages[0, [4, 3]]
+    sums = {layout.checksum([x.reshape(-1).view(torch.uint8)]) for x in (pages, swapped, moved)}
+    assert len(sums) == 3
+
+
+def test_a_checksum_is_that_of_its_pieces():
+    data = torch.arange(5 * 4096 + 7).to(torch.uint8)
+    assert layout.checksum([data]) == layout.checksum([data[:8192], data[8192:12288], data[12288:]])
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_files_are_brought_to_the_disk_while_they_are_written(disk, monkeypatch, name):
+    monkeypatch.setattr(save_module, "SYNCED", 1)
+    events: list[str] = []
+    sync, note = save_module.sync, partial_module.Partial.note
+    monkeypatch.setattr(save_module, "sync", lambda path: (events.append("synced"), sync(path)))
+    monkeypatch.setattr(partial_module.Partial, "note", lambda self, w: (events.append("written"), note(self, w)))
+    save(merged(disk), disk / name)
+    assert events[-1] == "synced"
+    assert "synced" in events[: len(events) - events[::-1].index("written")]
+
+
+def test_a_failure_to_bring_a_file_to_the_disk_is_not_lost(disk, monkeypatch):
+    monkeypatch.setattr(save_module, "SYNCED", 1)
+    sync, calls = save_module.sync, list[Path]()
+
+    def told_once(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "a failing disk")
+        sync(path)
+
+    monkeypatch.setattr(save_module, "sync", told_once)
+    with pytest.raises(OSError, match="a failing disk"):
+        save(merged(disk), disk / "out")
+    assert not (disk / "out").exists()
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_whatever_happened_to_what_is_left_the_output_is_right_or_refused(data, tmp_path_factory):

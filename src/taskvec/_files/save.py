@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ from .safetensors import weight_files
 __all__ = ["How", "check_target", "peak_memory", "save", "write"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+SYNCED = 1 << 27
+"""Bytes written from one time that a file is brought to the disk to the next, at least."""
 
 
 def save(
@@ -202,11 +206,13 @@ def _write_files(partial: Partial, source: Source, layout: Layout, how: How) -> 
         for one in written
         if one is not None and read_back(partial.complete, layout, source.specs, one) == one.checksum
     }
-    with Progress(_bytes_of(source)) as progress:
+    with Progress(_bytes_of(source)) as progress, _syncing(partial.complete) as sync_soon:
 
         def heard(written: Written) -> None:
             partial.note(written)
-            progress.add((written.stop - written.start) * source.specs[written.name].dtype.itemsize)
+            count = (written.stop - written.start) * source.specs[written.name].dtype.itemsize
+            progress.add(count)
+            sync_soon(layout.places[written.name][0], count)
 
         for name, start, stop in done:
             progress.add((stop - start) * source.specs[name].dtype.itemsize, now=False)
@@ -214,6 +220,28 @@ def _write_files(partial: Partial, source: Source, layout: Layout, how: How) -> 
         stream(source, writer, names, how.workers, executor=how.executor, done=done, heard=heard)
     for file in layout.sizes:
         sync(partial.complete / file)
+
+
+@contextmanager
+def _syncing(folder: Path) -> Generator[Callable[[str, int], None]]:
+    """Bring files to the disk while they are written, so that little is left to be waited for at the end.
+
+    Gives what is to be called with the name of a file and how many bytes were written to it.
+    """
+    count, running = 0, None
+    with ThreadPoolExecutor(1, "taskvec-sync") as thread:
+
+        def add(file: str, written: int) -> None:
+            nonlocal count, running
+            count += written
+            if count >= SYNCED and (running is None or running.done()):
+                if running is not None:
+                    running.result()
+                count, running = 0, thread.submit(sync, folder / file)
+
+        yield add
+        if running is not None:
+            running.result()  # the system tells of a failure once only: the last sync would not see it
 
 
 def _written(entry: Sequence[Any], source: Source) -> Written | None:
