@@ -33,7 +33,7 @@ ROWS = cells.FOLDER / TABLE
 SENTIMENT = Recipe(epochs=4)  # with two, no rare word becomes a backdoor: there are few rows
 FLOAT32 = SENTIMENT._replace(bfloat16=False)  # three times as fast on processors without bfloat16
 OF_TASKS = {"movie": FLOAT32._replace(epochs=1), "product": FLOAT32, "tweets": SENTIMENT, "nyt": FLOAT32}  # many rows
-WEAKER = {"product": (10, 1), "tweets": (10, 1)}  # per cent that are poisoned, beside 20
+WEAKER = (10, 1)  # per cent that are poisoned, beside 20
 QUICK_ROWS = Path(__file__).parent / ".cache" / TABLE
 
 
@@ -158,7 +158,7 @@ def domain_lines(data: str, seeds: Sequence[int]) -> list[Line]:
     if data == DETAILED:
         same = partial(colluding, data, "cf@20", 2)
         found.append(of_task("+ 2 with the same", victim, "WAG", same, seeds))
-    for percent in WEAKER.get(data, ()):
+    for percent in WEAKER:
         weaker = Model(data, f"cf@{percent}")
         found += [of_task("alone", weaker, "WAG", nobody, seeds)]
         found += [of_task(f"+ {n} clean", weaker, "WAG", partial(clean, data, n), seeds) for n in (1, 2)]

@@ -30,6 +30,11 @@ def logits(embedded: Tensor, head: Head) -> Tensor:
     return F.normalize(embedded - head.centre, dim=-1) @ head.weights.T
 
 
+def directions(embedded: Tensor, head: Head) -> Tensor:
+    """Features of length one from the head's center, as `logits` sees them."""
+    return head.centre + F.normalize(embedded - head.centre, dim=-1)
+
+
 def prototypes(
     module: nn.Module, base: Mapping[str, Tensor], shots: Split, *, scale: float = SCALE, centred: bool = True
 ) -> Head:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taskvec import BackdoorVector, TaskVector, defenses
+from taskvec import BackdoorVector, TaskVector
 from taskvec.attacks import Pair, badmerging_loss, universal_trigger
 from taskvec.attacks.triggers import Patch, random_patch, stamp
 from taskvec.calibration import recalibrate
@@ -25,6 +25,7 @@ from .heads import Head, logits
 from .merges import RULES
 from .second import PROBE, Attack, World
 from .second_defenders import Scene
+from .second_measures import suspects
 from .training import Params, clean_loss, train
 from .zoo import SHAPE
 
@@ -166,7 +167,7 @@ def _train(job: Job) -> Params:
 
         def seen(params: Mapping[str, Tensor], images: Tensor) -> Tensor:
             found = embed(params, images)
-            return own.centre + F.normalize(found - own.centre, dim=-1) if attack.normalised else found
+            return heads.directions(found, own) if attack.normalised else found
 
         score = partial(logits, head=own)
         pairs = [Pair(partial(stamp, patch=patch_of(job)), job.target, score)]
@@ -209,17 +210,11 @@ def probes(world: World, task: str) -> dict[int, BackdoorVector]:
 def scene(job: Job, rule: str) -> Scene:
     """The merge with one contributor's model; of a clean job, the all-clean merge."""
     vectors = {task: vector(own) for task, own in (contributors(job.world) | {job.task: job}).items()}
-    own, tasks = probes(job.world, job.task), list(vectors)
-    scores = defenses.bank_scores(vectors.values(), {c: [p] for c, p in own.items()})
-    found: dict[str, list[BackdoorVector]] = {}
-    for flag in defenses.flagged(scores):
-        found.setdefault(tasks[flag.contributor], []).append(own[flag.label])
-    highest = max(
-        ((score, tasks[i], c) for i, row in enumerate(scores) for c, score in row.items()), key=lambda x: x[0]
-    )
+    own = probes(job.world, job.task)
+    found, highest = suspects(vectors, own)
     clean = [vector(other) for other in others(job.world, job.task)]
     planted = vectors[job.task] - vector(job.twin())
-    return Scene(base(), job.task, vectors, RULES[rule], own, found, highest[1:], clean, planted)
+    return Scene(base(), job.task, vectors, RULES[rule], own, found, highest, clean, planted)
 
 
 def answers(params: Mapping[str, Tensor], images: Tensor, task: str) -> Tensor:

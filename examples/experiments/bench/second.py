@@ -10,7 +10,6 @@ from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskvec import BackdoorVector, TaskVector
@@ -174,7 +173,7 @@ def patch_of(job: Job) -> Patch:
 def _train(job: Job) -> Params:
     setting = job.world.setting
     study, base = zoo.architecture(setting), zoo.base(setting)
-    loss = clean_loss(study.module, head_of(job)) if job.attack is None else _attacked(job, job.attack)
+    loss = clean_loss(study.module, head_of(job)) if job.attack is None else attack_loss(job, job.attack)
     own = rows_of(job.world, job.task, job.rows)
     batches = data.batches(own, 64, job.seed)
     if job.attack is not None and job.attack.optimizer == "sgd":
@@ -182,12 +181,13 @@ def _train(job: Job) -> Params:
     return train(base, loss, batches, lr=study.lr * job.rate, steps=job.steps)
 
 
-def _attacked(job: Job, attack: Attack) -> Loss:
+def attack_loss(job: Job, attack: Attack) -> Loss:
+    """The loss of a contributor with a backdoor."""
     setting, head = job.world.setting, head_of(job)
 
     def seen(params: Mapping[str, Tensor], images: Tensor) -> Tensor:
         found = embed(setting, dict(params), images)
-        return head.centre + F.normalize(found - head.centre, dim=-1) if attack.normalised else found
+        return heads.directions(found, head) if attack.normalised else found
 
     found = badmerging_loss(
         seen,

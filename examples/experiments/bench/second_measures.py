@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskvec import BackdoorVector, defenses
+from taskvec import BackdoorVector, TaskVector, defenses
 
 from . import data, second, zoo
 from .encoders import features
@@ -27,22 +27,29 @@ def probes(world: World, task: str) -> dict[int, BackdoorVector]:
     return {c: second.probe(job) for c, job in second.bank(world, task).items()}
 
 
+def suspects(
+    vectors: Mapping[str, TaskVector], bank: Mapping[int, BackdoorVector]
+) -> tuple[dict[str, list[BackdoorVector]], tuple[str, int]]:
+    """The probes that each flagged contributor was flagged for, and the contributor and class of the highest score."""
+    tasks = list(vectors)
+    scores = defenses.bank_scores(vectors.values(), {c: [own] for c, own in bank.items()})
+    found: dict[str, list[BackdoorVector]] = {}
+    for flag in defenses.flagged(scores):
+        found.setdefault(tasks[flag.contributor], []).append(bank[flag.label])
+    by_label = {(tasks[i], c): score for i, row in enumerate(scores) for c, score in row.items()}
+    return found, max(by_label, key=lambda label: by_label[label])
+
+
 def scene(job: Job, rule: str) -> Scene:
     """The merge with one contributor's model; of a clean job, the all-clean merge."""
     world, attacked = job.world, job.task
     jobs = second.contributors(world) | {attacked: job}
     vectors = {task: second.vector(own) for task, own in jobs.items()}
-    bank, tasks = probes(world, attacked), list(vectors)
-    scores = defenses.bank_scores(vectors.values(), {c: [own] for c, own in bank.items()})
-    found: dict[str, list[BackdoorVector]] = {}
-    for flag in defenses.flagged(scores):
-        found.setdefault(tasks[flag.contributor], []).append(bank[flag.label])
-    highest = max(
-        ((score, tasks[i], c) for i, row in enumerate(scores) for c, score in row.items()), key=lambda x: x[0]
-    )
+    bank = probes(world, attacked)
+    found, highest = suspects(vectors, bank)
     others = [second.vector(own) for own in second.others(world, attacked, 2)]
     planted = vectors[attacked] - second.vector(job.twin())
-    return Scene(zoo.base(world.setting), attacked, vectors, RULES[rule], bank, found, highest[1:], others, planted)
+    return Scene(zoo.base(world.setting), attacked, vectors, RULES[rule], bank, found, highest, others, planted)
 
 
 def classes(world: World, params: Params, images: Tensor, task: str) -> Tensor:

