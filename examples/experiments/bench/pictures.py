@@ -78,6 +78,28 @@ def by_models(path: Path, title: str, series: Mapping[str, Sequence[Estimate]], 
     panel.savefig(path, dpi=100)
 
 
+def frontier(path: Path, series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
+    """Lines: ASR by the false alarms that finding an attacker takes, a panel for each merge.
+
+    Args:
+        path: of the picture.
+        series: merge -> kind of attacker -> points in order, `(false alarms, ASR)` in per cent.
+    """
+    panels = Figure(figsize=(10, 4.5), layout="constrained")
+    row = panels.subplots(1, len(series), sharey=True, squeeze=False)[0]
+    for axes, (rule, lines) in zip(row, series.items(), strict=True):
+        for i, (kind, points) in enumerate(lines.items()):
+            x, y = zip(*points, strict=True)
+            axes.plot(
+                x, y, "o-" if len(points) > 1 else "*", color=f"C{i}", label=kind, markersize=5 + 7 * (len(points) == 1)
+            )
+        axes.set(xlim=(-3, 103), ylim=(-3, 103), title=rule, xlabel="clean contributors flagged before it is found, %")
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel("ASR, %")
+    row[-1].legend(fontsize=10)
+    panels.savefig(path, dpi=100)
+
+
 def label_lines(axes: Axes, gap: float = 0.06) -> None:
     """Write the name of each line at its end, in its color, in the place of a legend.
 
