@@ -164,7 +164,9 @@ SLERP_OF_ZERO = "slerp refuses an angle to a zero vector"
 
 
 def label(row: Row) -> str:
-    return f"{row.name}({', '.join(f'{key}={value}' for key, value in row.options.items())})"
+    """The name of a test, the same in every process."""
+    options = {key: getattr(value, "__name__", value) for key, value in row.options.items()}
+    return f"{row.name}({', '.join(f'{key}={value}' for key, value in options.items())})"
 
 
 def inputs(row: Row, **how: Any) -> Any:
