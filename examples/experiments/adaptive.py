@@ -28,7 +28,7 @@ from bench.merges import RULES
 from bench.progress import progress
 from bench.report import text_table
 from bench.second import Job, World
-from bench.second_measures import fooled, hits
+from bench.second_measures import TESTED, fooled, hits
 from bench.zoo import workforce
 from detector import MERGES, STEALTHY, TARGETS, TASK
 from taskvec import TaskVector, defenses
@@ -109,7 +109,7 @@ def measured(case: Case) -> dict[str, Any]:
         name: RULES[name].merge(list(vectors.values())).apply(zoo.base(world.setting), RULES[name].scale)
         for name in MERGES
     }
-    tested = data.test(TASK).take(slice(600))
+    tested = data.test(TASK).take(slice(TESTED[True]))
     return {
         "alone": seen_of(world, vectors),
         "pairs": seen_of(world, pairs),
