@@ -9,7 +9,7 @@ contributor, before the merge.
     for flag in flagged(scores):
         vectors[flag.contributor] = disarm(vectors[flag.contributor], bank[flag.label])
 
-It says nothing of attacks that are unlike every probe: see the measured limits in docs/study.md.
+It says nothing of attacks that are unlike every probe: see the measured limits in docs/study_defenses.md.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -99,7 +99,7 @@ def flagged(scores: Sequence[Mapping[Label, float]], threshold: float = 6.0) -> 
 
     Args:
         scores: the result of `bank_scores`.
-        threshold: in robust standard deviations. The default is a choice of ours; docs/study.md says how often it is
+        threshold: in robust standard deviations. The default is a choice of ours; docs/detector.md says how often it is
             wrong.
 
     Returns:
