@@ -25,7 +25,6 @@ import detector
 from bench import cells, command, data, evading, pictures, second, zoo
 from bench.evading import Evader, Kind
 from bench.merges import RULES
-from bench.progress import progress
 from bench.report import text_table
 from bench.second import Job, World
 from bench.second_measures import TESTED, fooled, hits
@@ -266,9 +265,7 @@ def train(todo: Sequence[Case], workers: int) -> None:
     with workforce(workers) as pool:
         zoo.twins_first(pool, second.model, dict.fromkeys(jobs))
         zoo.at_once(pool, "evaders", evading.model, dict.fromkeys(evaders))
-        with progress("merges", len(todo)) as step:
-            for _ in pool.map(fill, todo):
-                step()
+        zoo.at_once(pool, "merges", fill, todo)
 
 
 def main() -> None:

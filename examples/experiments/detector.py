@@ -21,7 +21,6 @@ import torch
 from bench import cells, data, second, zoo
 from bench.detector_tables import tables
 from bench.merges import RULES
-from bench.progress import progress
 from bench.second import Attack, Job, World
 from bench.second_measures import fooled, probes
 from bench.zoo import workforce
@@ -161,9 +160,7 @@ def run(todo: Sequence[Case], workers: int) -> None:
         zoo.prepare(setting, [])
     with workforce(workers) as pool:
         zoo.twins_first(pool, second.model, jobs)
-        with progress("merges", len(todo)) as step:
-            for _ in pool.map(fill, todo):
-                step()
+        zoo.at_once(pool, "merges", fill, todo)
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ import torch
 
 from bench import cells, imagenet, zoo
 from bench.imagenet import Job, point, scene
-from bench.progress import progress
 from bench.second import Attack, World
 from bench.second_defenders import DEFENCES
 from bench.second_tables import tables
@@ -127,9 +126,7 @@ def main() -> None:
     if todo and not given.tables:
         with workforce(given.workers) as pool:
             zoo.twins_first(pool, imagenet.model, jobs_of(todo))
-            with progress("cells", len(todo)) as step:
-                for _ in pool.map(partial(fill, names=names), todo):
-                    step()
+            zoo.at_once(pool, "cells", partial(fill, names=names), todo)
     print(tables(kept_rows(wanted), list(STRENGTHS), TASK))
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import cells, mine, second, zoo
-from bench.progress import progress
 from bench.second import Attack, Job, World
 from bench.second_defenders import DEFENCES, defence_of
 from bench.second_measures import TESTED, VALIDATED, point, scene
@@ -157,9 +156,8 @@ def main() -> None:
         if todo:
             used = list(dict.fromkeys(c.world for c in todo))
             train(second.everything(used, TASK, {ATTACKS[a]: targets for a in attacks}), given.workers)
-            with workforce(given.workers) as pool, progress("cells", len(todo)) as step:
-                for _ in pool.map(partial(fill, names=names), todo):
-                    step()
+            with workforce(given.workers) as pool:
+                zoo.at_once(pool, "cells", partial(fill, names=names), todo)
     if given.leaderboard:
         print(board(wanted, given.defences))
     else:

@@ -110,11 +110,11 @@ def missing(setting: Setting, recipes: Iterable[Recipe]) -> list[Recipe]:
     return [recipe for recipe in dict.fromkeys(recipes) if not disk.known("tuned", _key(setting, recipe))]
 
 
-def at_once(executor: Executor, what: str, train: Callable[[T], object], asked: Iterable[T]) -> None:
-    """Train several models side by side, on whatever executes them, and tell how it goes."""
+def at_once(executor: Executor, what: str, work: Callable[[T], object], asked: Iterable[T]) -> None:
+    """Do several things side by side that leave their results on disk, such as training models; tell how it goes."""
     todo = list(asked)
     with progress_of(what, len(todo)) as step:
-        for _ in executor.map(partial(_into_the_cache, train), todo):
+        for _ in executor.map(partial(_silently, work), todo):
             step()
 
 
@@ -125,8 +125,8 @@ def twins_first(executor: Executor, train: Callable[[T], object], jobs: Iterable
         at_once(executor, title, train, [job for job in todo if (job.attack is not None) == attacked])  # type: ignore[attr-defined]
 
 
-def _into_the_cache(train: Callable[[T], object], asked: T) -> None:
-    train(asked)  # cheaper than to send the model back
+def _silently(work: Callable[[T], object], asked: T) -> None:
+    work(asked)  # a model stays in the cache: cheaper than to send it back
 
 
 def workforce(workers: int) -> ProcessPoolExecutor:

@@ -1,7 +1,7 @@
 """Screening: statistics of one contributor's weights beside those of the others, before the merge.
 
-The functions return numbers, not verdicts; docs/study_defenses.md has measurements of how well each number separates backdoored
-contributors from clean ones.
+The functions return numbers, not verdicts; docs/study_defenses.md has measurements of how well each number separates
+backdoored contributors from clean ones.
 """
 
 from collections.abc import Iterable, Sequence
