@@ -48,27 +48,33 @@ def gone(asr: float, low: float, high: float) -> float:
     return 100 * (high - asr) / (high - low) if high > low else float("nan")
 
 
+def share_gone(one: Shown) -> str:
+    """The mean of it over seeds; a dash where the victims have no backdoor to speak of."""
+    asr, low, high = rate(one.own), rate(one.floor), rate(one.victim)
+    if fmean(high) - fmean(low) < 5:
+        return "-"
+    return f"{fmean(gone(*values) for values in zip(asr, low, high, strict=True)):.0f}"
+
+
 def lines_table(title: str, lines: Sequence[Shown]) -> str:
     """A row for each line: means over seeds with t intervals, per cent."""
     header = ["attack", "merge of", "rule", "CACC", "ASR", "all clean", "floor", "gone", "base", "flips", "n"]
-    table: list[list[object]] = []
-    for one in lines:
-        asr, low, high = rate(one.own), rate(one.floor), rate(one.victim)
-        table.append(
-            [
-                one.attack,
-                one.title,
-                one.rule,
-                estimate(rate(one.own, "correct", "n")),
-                estimate(asr),
-                f"{fmean(rate(one.controls)):.1f}",
-                f"{fmean(low):.1f}",
-                f"{fmean(gone(*values) for values in zip(asr, low, high, strict=True)):.0f}",
-                f"{fmean(rate(one.base)):.0f}",
-                f"{fmean(rate(one.own, 'flipped', 'others')):.1f}",
-                f"{one.own[0]['triggered']} x {len(one.own)}",
-            ]
-        )
+    table: list[list[object]] = [
+        [
+            one.attack,
+            one.title,
+            one.rule,
+            estimate(rate(one.own, "correct", "n")),
+            estimate(rate(one.own)),
+            f"{fmean(rate(one.controls)):.1f}",
+            f"{fmean(rate(one.floor)):.1f}",
+            share_gone(one),
+            f"{fmean(rate(one.base)):.0f}",
+            f"{fmean(rate(one.own, 'flipped', 'others')):.1f}",
+            f"{one.own[0]['triggered']} x {len(one.own)}",
+        ]
+        for one in lines
+    ]
     return text_table(title, header, table)
 
 
@@ -122,8 +128,7 @@ def rules_table(lines: Sequence[Shown], title: str = "+ 2 clean") -> str:
 
 
 def _left(one: Shown) -> str:
-    triples = zip(rate(one.own), rate(one.floor), rate(one.victim), strict=True)
-    return f"{fmean(rate(one.own)):.0f} ({fmean(gone(*values) for values in triples):.0f})"
+    return f"{fmean(rate(one.own)):.0f} ({share_gone(one)})"
 
 
 def together_table(lines: Sequence[Shown]) -> str:
