@@ -155,6 +155,8 @@ def test_the_picture_has_a_line_for_each_kind(tmp_path):
 
 
 def test_what_the_detector_has_seen_is_read(monkeypatch, tmp_path):
+    if not (cells.FOLDER / detector.TABLE).exists():
+        pytest.skip("the rows are in the repository only")
     world = adaptive.WORLDS[0]
     known = adaptive.clean_values([world])
     assert set(known) == {world}
