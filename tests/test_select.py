@@ -153,7 +153,6 @@ def test_where_too_many_keys_are_inside_a_bracket_some_narrow_it(kind, held, mon
         return found
 
     monkeypatch.setattr(select, "HELD", held)
-    monkeypatch.setattr(select, "NARROWING", held // 2)
     monkeypatch.setattr(select, "SAMPLE", 100)
     monkeypatch.setattr(select, "_counted", watched)
     result = trimmed(x, 600)

@@ -30,8 +30,7 @@ LOW = (1 << 32) - 1
 TOP = (1 << 63) - 1
 SMALL = 1 << 16  # so many keys are collected without a bracket
 SAMPLE = 1 << 20  # keys of a vector in a sample, at most
-HELD = 1 << 21  # keys of a vector that are collected, about
-NARROWING = 1 << 18  # where there would be more, only so many of them, to narrow the bracket by
+HELD = 1 << 21  # keys of a vector that are collected, about; of more only a part, to narrow the bracket by
 
 
 class Key(NamedTuple):
@@ -316,9 +315,8 @@ class Known(NamedTuple):
         first, last = int(place - margin), int(place + margin)
         low = int(self.sample[m - 1 - last]) if last < m else 0
         high = int(self.sample[m - 1 - first]) if first > 0 else TOP
-        expected = self.total * 2 * margin / m if m else 0
-        shrinks = expected > HELD and 2 * margin < m and not self.stuck
-        return Bracket(low, high, ceil(expected / NARROWING) if shrinks else 1)
+        shrinks = 2 * margin < m and not self.stuck
+        return Bracket(low, high, ceil(self.total * 2 * margin / m / HELD) if shrinks else 1)
 
 
 def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, equals: Sequence[int | None]) -> Passes:
