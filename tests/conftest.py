@@ -28,3 +28,12 @@ def setting(tmp_path_factory):
     before, cache.FOLDER = cache.FOLDER, tmp_path_factory.mktemp("cache")
     yield zoo.Setting("vits", steps=2, pretrain_steps=2)
     cache.FOLDER = before
+
+
+@pytest.fixture
+def world(setting, monkeypatch):
+    """A world of that encoder, whose models take a few steps."""
+    from bench.second import World
+
+    monkeypatch.setattr(World, "setting", property(lambda self: setting._replace(base_seed=0)))
+    return World(7)

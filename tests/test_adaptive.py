@@ -13,18 +13,11 @@ import detector
 from adaptive import Case, Shown
 from bench import cells, data, evading, pictures, second
 from bench.evading import Evader
-from bench.second import Attack, Job, World
+from bench.second import Attack, Job
 
 sys.path.pop(0)
 
 from taskvec import BackdoorVector, TaskVector, defenses
-
-
-@pytest.fixture
-def world(setting, monkeypatch):
-    """A world of the encoder that has hardly been trained, whose models take a few steps."""
-    monkeypatch.setattr(World, "setting", property(lambda self: setting._replace(base_seed=0)))
-    return World(7)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

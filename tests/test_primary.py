@@ -20,13 +20,6 @@ sys.path.pop(0)
 from taskvec import BackdoorVector, TaskVector
 
 
-@pytest.fixture
-def world(setting, monkeypatch):
-    """A world of the encoder that has hardly been trained, whose models take a few steps."""
-    monkeypatch.setattr(World, "setting", property(lambda self: setting._replace(base_seed=0)))
-    return World(7)
-
-
 def test_a_defender_has_no_row_of_the_contributors(world):
     parts = [
         second.rows_of(w, "fashion", rows).images.flatten(1)

@@ -260,10 +260,8 @@ def train(todo: Sequence[Case], workers: int) -> None:
     ]
     jobs += [job.twin() for world in worlds for job in second.bank(world, TASK).values()]
     jobs += [job_of(case) for case in todo] + [job for one in evaders for job in evading.needed(one)]
-    for world in worlds:
-        zoo.prepare(world.setting, [])
     with workforce(workers) as pool:
-        zoo.twins_first(pool, second.model, dict.fromkeys(jobs))
+        second.train_all(pool, jobs)
         zoo.at_once(pool, "evaders", evading.model, dict.fromkeys(evaders))
         zoo.at_once(pool, "merges", fill, todo)
 

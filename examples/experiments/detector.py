@@ -155,11 +155,8 @@ def kept_tables(wanted: Sequence[Case]) -> str:
 
 def run(todo: Sequence[Case], workers: int) -> None:
     """Train what some cases need, clean models first, and measure them."""
-    jobs = everything(todo)
-    for setting in dict.fromkeys(job.world.setting for job in jobs):
-        zoo.prepare(setting, [])
     with workforce(workers) as pool:
-        zoo.twins_first(pool, second.model, jobs)
+        second.train_all(pool, everything(todo))
         zoo.at_once(pool, "merges", fill, todo)
 
 

@@ -99,14 +99,6 @@ def fill(cell: Cell, names: Sequence[str]) -> None:
         cells.append(path, key, label, row)
 
 
-def train(jobs: Sequence[Job], workers: int) -> None:
-    """Train what is missing, side by side."""
-    for world in dict.fromkeys(job.world for job in jobs):
-        zoo.prepare(world.setting, [])
-    with workforce(workers) as pool:
-        zoo.twins_first(pool, second.model, jobs)
-
-
 def kept_rows(wanted: Sequence[Cell], names: Sequence[str] = ()) -> dict[tuple[Cell, str], Any]:
     """All rows that there are of some cells: of our defenses, and of some of yours."""
     kept, asked = cells.read(cells.FOLDER / TABLE), dict.fromkeys(["controls", *DEFENCES, *names])
@@ -155,8 +147,8 @@ def main() -> None:
         ]
         if todo:
             used = list(dict.fromkeys(c.world for c in todo))
-            train(second.everything(used, TASK, {ATTACKS[a]: targets for a in attacks}), given.workers)
             with workforce(given.workers) as pool:
+                second.train_all(pool, second.everything(used, TASK, {ATTACKS[a]: targets for a in attacks}))
                 zoo.at_once(pool, "cells", partial(fill, names=names), todo)
     if given.leaderboard:
         print(board(wanted, given.defences))

@@ -6,6 +6,7 @@ too, of the defender's half, with another size and place.
 """
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
@@ -212,6 +213,14 @@ def _by_sgd(start: Params, loss: Loss, batches: Iterable[data.Split], *, lr: flo
         nn.utils.clip_grad_norm_(list(params.values()), 1.0)
         optimizer.step()
     return {name: p.detach().clone() for name, p in params.items()}
+
+
+def train_all(executor: Executor, jobs: Iterable[Job]) -> None:
+    """Make the bases of some models, then the models: clean ones first, the others side by side."""
+    todo = list(dict.fromkeys(jobs))
+    for setting in dict.fromkeys(job.world.setting for job in todo):
+        zoo.prepare(setting, [])
+    zoo.twins_first(executor, model, todo)
 
 
 # --- who is there ----------------------------------------------------------------------------------------------------
