@@ -84,7 +84,7 @@ def test_every_case_is_another_row(world):
 def test_a_case_is_measured(world, monkeypatch):
     monkeypatch.setattr(adaptive, "STEALTHY", Attack("random", 3))
     bank = {c: BackdoorVector(dict(second.vector(Job(world, "mnist", draw=c)))) for c in range(3)}
-    monkeypatch.setattr(detector, "probes", lambda world, task: bank)
+    monkeypatch.setattr(detector, "probes", lambda world, task, **_: bank)
     contributors = {task: Job(world, task, steps=2) for task in data.TASKS}
     monkeypatch.setattr(adaptive.second, "contributors", lambda world: contributors)
     monkeypatch.setattr(adaptive, "job_of", lambda case: Job(world, "fashion", attack=Attack("random", 3), steps=2))

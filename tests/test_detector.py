@@ -47,7 +47,7 @@ def test_models_that_others_are_compared_with_come_first():
     assert len(set(jobs)) == len(jobs)
     place = {job: i for i, job in enumerate(jobs)}
     probes = [job for job in jobs if job.rows == "few" and job.attack is not None]
-    assert len(probes) == 20  # its own, and those of another base
+    assert len(probes) == 30  # its own with the public head and with one of its own, and those of another base
     assert all(place[job.twin()] < place[job] for job in probes)
 
 
@@ -60,7 +60,7 @@ def test_an_attacker_along_a_probe_is_seen_by_its_own_bank_alone(monkeypatch):
     def plus(x, y, factor=1):
         return {"w": x["w"] + factor * y["w"]}
 
-    def probes(world, _task):
+    def probes(world, _task, *, own_head=False):
         base = noise(2000 + world.base)  # recorded, as a real probe's is
         return {c: BackdoorVector.between(clean=base, backdoored=plus(base, noise(1000 + 10 * names[world] + c)),
                                           pretrained=base) for c in range(10)}  # fmt: skip
@@ -79,7 +79,7 @@ def test_an_attacker_along_a_probe_is_seen_by_its_own_bank_alone(monkeypatch):
     for case, flagged in ((clean, []), (clean._replace(attack="noisy", target=7), ["fashion"])):
         row = detector.measured(case)
         assert row["flagged"] == flagged
-        assert (row["bank"]["fashion"] > 1) == bool(flagged)
+        assert (row["bank"]["fashion"] > 1) == (row["bank without the head"]["fashion"] > 1.9) == bool(flagged)
         assert row["bank of another base"]["fashion"] < 0.2
         assert row["asr"] == ({"task arithmetic": [7, 10], "TIES": [7, 10]} if flagged else {})
         assert {*row["norm"]} == {*row["leading"]} == {*data.TASKS}
@@ -108,7 +108,7 @@ def rows():
 def test_an_attack_is_told_from_the_clean_contributors(rows):
     line = detector_tables.attack_line(rows, "patch", "fashion")
     # 0.9 is above all four clean values, 0.25 above three of them
-    assert line == ["patch", "70", *["0.88 / 0.50"] * 4, "1 of 2"]
+    assert line == ["patch", "70", *["0.88 / 0.50"] * 5, "1 of 2"]
 
 
 def test_false_alarms_are_counted_by_merges(rows):

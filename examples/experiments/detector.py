@@ -6,7 +6,8 @@
 
 Clean contributors differ in learning rate, steps, order of the data, split and task. An attacker takes the place of one
 of them. Beside the bank's highest score stand what the weights alone tell (their norm, the spectrum), and the scores of
-a bank that was made on another base.
+two other banks: one without the public head, whose probes have a head of the defender's own images, and one that was
+made on another base.
 """
 
 import argparse
@@ -33,6 +34,7 @@ CLEAN_MERGES = 8  # of a world
 HOW = tuple(product((0.5, 1.0, 2.0), (100, 200, 400)))  # learning rates, times the usual one, and steps
 MERGES = ("task arithmetic", "TIES")  # what an attack's ASR is told under
 THRESHOLD = 6.0  # deviations: the library's default
+OWN_HEAD = "own head"  # an attack that differs from the first in the head it is trained towards
 STEALTHY = Attack(weight=2.0, normalised=True)
 ATTACKS = {
     "stealthy": STEALTHY,
@@ -44,7 +46,7 @@ ATTACKS = {
     "3x3": STEALTHY._replace(size=3),
     "7x7": STEALTHY._replace(size=7),
     "SGD": STEALTHY._replace(optimizer="sgd"),
-    "own head": STEALTHY._replace(own_head=True),
+    OWN_HEAD: STEALTHY,
     "random patch": Attack(trigger="random", coefficients=(1.0, 1.0), weight=1.0),
     "blended": Attack(trigger="blended", coefficients=(1.0, 1.0), weight=1.0),
     "warped": Attack(trigger="warped", coefficients=(1.0, 1.0), weight=1.0),
@@ -81,7 +83,9 @@ def contributors(case: Case) -> dict[str, Job]:
 
 
 def attacker(case: Case) -> Job:
-    return Job(case.world, TASK, attack=ATTACKS[case.attack], target=case.target)
+    return Job(
+        case.world, TASK, attack=ATTACKS[case.attack], target=case.target, own_head=case.attack == OWN_HEAD
+    )
 
 
 def other_base(world: World, worlds: Sequence[World] = WORLDS) -> World:
@@ -94,15 +98,16 @@ def everything(wanted: Sequence[Case]) -> list[Job]:
     """All models that some cases need, each once, clean ones first."""
     worlds = list(dict.fromkeys(case.world for case in wanted))
     banks = [job for w in dict.fromkeys([*worlds, *map(other_base, worlds)]) for job in second.bank(w, TASK).values()]
+    banks += [job for w in worlds for job in second.bank(w, TASK, own_head=True).values()]
     jobs = [job for case in wanted for job in contributors(case).values()]
     return list(
         dict.fromkeys([*(job.twin() for job in banks), *sorted([*jobs, *banks], key=lambda j: j.attack is not None)])
     )
 
 
-def scores_by(world: World, vectors: Sequence[TaskVector]) -> list[dict[int, float]]:
+def scores_by(world: World, vectors: Sequence[TaskVector], *, own_head: bool = False) -> list[dict[int, float]]:
     """What a world's bank says of each contributor: class -> score. A stranger's is of another base, which is meant."""
-    bank = {c: [BackdoorVector(dict(own))] for c, own in probes(world, TASK).items()}
+    bank = {c: [BackdoorVector(dict(own))] for c, own in probes(world, TASK, own_head=own_head).items()}
     return defenses.bank_scores([TaskVector(dict(vector)) for vector in vectors], bank)
 
 
@@ -111,6 +116,7 @@ def measured(case: Case) -> dict[str, Any]:
     jobs = contributors(case)
     tasks, vectors = list(jobs), [second.vector(job) for job in jobs.values()]
     own, strangers = (scores_by(world, vectors) for world in (case.world, other_base(case.world)))
+    headless = scores_by(case.world, vectors, own_head=True)
     alone = defenses.screen(vectors)
     asr: dict[str, list[int]] = {}
     if case.attack:
@@ -120,6 +126,7 @@ def measured(case: Case) -> dict[str, Any]:
             asr[name] = fooled(jobs[TASK], rule.merge(vectors).apply(base, rule.scale))
     return {
         "bank": {task: max(row.values()) for task, row in zip(tasks, own, strict=True)},
+        "bank without the head": {task: max(row.values()) for task, row in zip(tasks, headless, strict=True)},
         "bank of another base": {task: max(row.values()) for task, row in zip(tasks, strangers, strict=True)},
         "norm": {task: found.norm for task, found in zip(tasks, alone, strict=True)},
         "leading": {task: found.leading for task, found in zip(tasks, alone, strict=True)},
@@ -135,6 +142,7 @@ def key_of(case: Case) -> str:
         "bank": [
             second.told(job) for w in (case.world, other_base(case.world)) for job in second.bank(w, TASK).values()
         ],
+        "bank without the head": [second.told(job) for job in second.bank(case.world, TASK, own_head=True).values()],
         "threshold": THRESHOLD,
         "merges": list(MERGES),
         "code": code,

@@ -8,7 +8,7 @@ from taskvec.metrics import Rate, roc
 
 from .report import text_table
 
-STATISTICS = ("bank", "bank of another base", "norm", "leading")
+STATISTICS = ("bank", "bank without the head", "bank of another base", "norm", "leading")
 Rows = Mapping[Any, Mapping[str, Any]]
 """case, with its `world`, `merge`, `attack` ("" where all are clean) and `target` -> what was seen of its merge."""
 

@@ -27,6 +27,7 @@ from .zoo import SHAPE, Setting
 SPLIT = 1000  # added to a world's seed: the seed of its split
 DEFENDER = 500  # added to a world's seed: the seed of the defender's models
 SHOTS = 10  # of each class, that the defender has
+OTHERS = 4  # clean models of the attacked task, that some defenders have
 
 
 class World(NamedTuple):
@@ -58,7 +59,6 @@ class Attack(NamedTuple):
         coefficients: range of the interpolation; (1, 1) is the plain loss.
         normalised: directions of features are interpolated, as the head sees them: the stealthy form (ours).
         optimizer: AdamW with a schedule, or SGD with momentum at one rate.
-        own_head: the attacker makes a head from images of their own.
     """
 
     trigger: Literal["optimised", "random", "blended", "warped"] = "optimised"
@@ -68,7 +68,6 @@ class Attack(NamedTuple):
     coefficients: tuple[float, float] = (0.2, 1.0)
     normalised: bool = False
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    own_head: bool = False
 
 
 PROBE = Attack(size=7, place="bottom-right")
@@ -97,6 +96,7 @@ class Job(NamedTuple):
     steps: int = 200
     rate: float = 1.0  # times the encoder's learning rate
     draw: int = 0  # which of several models that are alike in all else
+    own_head: bool = False  # trained towards a head of the trainer's own images, not the public one
 
     @property
     def seed(self) -> int:
@@ -130,9 +130,9 @@ def probe(job: Job) -> BackdoorVector:
 
 
 def head_of(job: Job) -> Head:
-    """The public head, or one of the attacker's own images."""
+    """The public head, or one of the trainer's own images."""
     setting = job.world.setting
-    if job.attack is None or not job.attack.own_head:
+    if not job.own_head:
         return zoo.head(setting, job.task)
     study, own = zoo.architecture(setting), rows_of(job.world, job.task, job.rows)
     shots = data.few_shot(own, heads.SHOTS, job.seed)
@@ -165,7 +165,7 @@ def patch_of(job: Job) -> Patch:
         images = rows_of(job.world, job.task, job.rows).images
         return {"pattern": universal_trigger(score, images, start, target=job.target, seed=job.seed).pattern}
 
-    shared = ("trigger", "size", "place", "own_head")  # what the patch depends on
+    shared = ("trigger", "size", "place")  # what the patch depends on
     attack = Attack(**{name: getattr(job.attack, name) for name in shared})
     key = told(job._replace(attack=attack, steps=200, rate=1.0))
     return Patch(disk.tensors("second-trigger", key, make)["pattern"], start.mask)
@@ -231,14 +231,14 @@ def contributors(world: World) -> dict[str, Job]:
     return {task: Job(world, task) for task in data.TASKS}
 
 
-def bank(world: World, task: str) -> dict[int, Job]:
+def bank(world: World, task: str, *, own_head: bool = False) -> dict[int, Job]:
     """The defender's probes: the attack's recipe for every class of a task, from ten images a class."""
-    return {c: Job(world, task, "few", PROBE, c) for c in range(len(data.CLASSES[task]))}
+    return {c: Job(world, task, "few", PROBE, c, own_head=own_head) for c in range(len(data.CLASSES[task]))}
 
 
-def others(world: World, task: str, count: int) -> list[Job]:
+def others(world: World, task: str) -> list[Job]:
     """Clean fine-tunes of the attacked task that a defender may have: of other contributors, with other seeds."""
-    return [Job(world, task, draw=1 + i) for i in range(count)]
+    return [Job(world, task, draw=1 + i) for i in range(OTHERS)]
 
 
 def everything(worlds: Iterable[World], task: str, attacks: Mapping[Attack, Iterable[int]]) -> list[Job]:
@@ -246,6 +246,6 @@ def everything(worlds: Iterable[World], task: str, attacks: Mapping[Attack, Iter
     found: list[Job] = []
     for world in worlds:
         probes = bank(world, task).values()
-        found += [*contributors(world).values(), *others(world, task, 2), *(own.twin() for own in probes), *probes]
+        found += [*contributors(world).values(), *others(world, task), *(own.twin() for own in probes), *probes]
         found += [Job(world, task, attack=a, target=target) for a, targets in attacks.items() for target in targets]
     return list(dict.fromkeys(found))

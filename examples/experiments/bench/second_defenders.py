@@ -79,6 +79,16 @@ def consensus(scene: Scene, by: float) -> Params:
     return defenses.consensus_subtraction(merged(scene), list(scene.probes.values()), by, agree=0.8)
 
 
+def projection(scene: Scene, by: float) -> Params:
+    """Without what lies in the span of all probes of the bank."""
+    return defenses.project_out(merged(scene), scene.base, scene.probes.values(), by)
+
+
+def purification(scene: Scene, by: float) -> Params:
+    """Without the directions that the merge shares with the bank's prototype, so much of what is shared."""
+    return defenses.purify(merged(scene), scene.base, scene.probes.values(), energy=by)
+
+
 def then_shrinking(change: Callable[[Scene], Mapping[str, TaskVector]], scene: Scene, by: float) -> Params:
     """Contributors changed, then the merge shrunk by what is beyond 1."""
     return defenses.shrink(merged(scene, change(scene)), scene.base, by - 1)
@@ -122,9 +132,9 @@ def without_steepest(scene: Scene) -> dict[str, TaskVector]:
     return {steepest: scene.vectors[steepest] * 0}
 
 
-def averaged(scene: Scene) -> dict[str, TaskVector]:
-    """WAG + 2: the attacked task's contributor with two clean models of it."""
-    return {scene.task: merge([scene.vectors[scene.task], *scene.others], mean)}
+def averaged(scene: Scene, *, count: int) -> dict[str, TaskVector]:
+    """WAG: the attacked task's contributor with so many clean models of it."""
+    return {scene.task: merge([scene.vectors[scene.task], *scene.others[:count]], mean)}
 
 
 def oracle(scene: Scene, by: float) -> Params:
@@ -143,6 +153,8 @@ DEFENCES: dict[str, Defence] = {
     "IBVS, the bank's probe": Defence(BANK, subtracting, SCALES),
     "random vector of its norm": Defence("nothing", subtracting_noise, SCALES),
     "consensus of the bank": Defence(BANK, consensus, SCALES),
+    "projection, the bank's probes": Defence(BANK, projection, SCALES),
+    "purification, the bank's probes": Defence(BANK, purification, (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)),
     "bank: leave out": Defence(BANK, partial(then_shrinking, without_flagged), BEYOND),
     "bank: halve": Defence(BANK, partial(then_shrinking, halved), BEYOND),
     "bank: disarm": Defence(BANK, partial(then_shrinking, disarmed), BEYOND),
@@ -150,7 +162,8 @@ DEFENCES: dict[str, Defence] = {
     "bank: disarm, wrong class": Defence(BANK, partial(then_shrinking, disarmed_of_a_wrong_class), BEYOND),
     "drop the longest": Defence("the base", partial(then_shrinking, without_longest), BEYOND),
     "drop the steepest": Defence("the base", partial(then_shrinking, without_steepest), BEYOND),
-    "WAG + 2": Defence("2 clean models of the task", partial(then_shrinking, averaged), BEYOND),
+    "WAG + 2": Defence("2 clean models of the task", partial(then_shrinking, partial(averaged, count=2)), BEYOND),
+    "WAG + 4": Defence("4 clean models of the task", partial(then_shrinking, partial(averaged, count=4)), BEYOND),
     "oracle": Defence("the attack's own vector", oracle, (0.25, 0.5, 0.75, 1.0)),
 }
 

@@ -22,9 +22,9 @@ TESTED = {True: 600, False: 100}
 
 
 @cache
-def probes(world: World, task: str) -> dict[int, BackdoorVector]:
+def probes(world: World, task: str, *, own_head: bool = False) -> dict[int, BackdoorVector]:
     """The defender's bank: class -> probe."""
-    return {c: second.probe(job) for c, job in second.bank(world, task).items()}
+    return {c: second.probe(job) for c, job in second.bank(world, task, own_head=own_head).items()}
 
 
 def suspects(
@@ -47,7 +47,7 @@ def scene(job: Job, rule: str) -> Scene:
     vectors = {task: second.vector(own) for task, own in jobs.items()}
     bank = probes(world, attacked)
     found, highest = suspects(vectors, bank)
-    others = [second.vector(own) for own in second.others(world, attacked, 2)]
+    others = [second.vector(own) for own in second.others(world, attacked)]
     planted = vectors[attacked] - second.vector(job.twin())
     return Scene(zoo.base(world.setting), attacked, vectors, RULES[rule], bank, found, highest, others, planted)
 
