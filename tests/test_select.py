@@ -107,8 +107,8 @@ def test_every_branch_of_the_search_has_run(monkeypatch):
     seen: set[str] = set()
     ranked = select._ranked
 
-    def watched(parts, rank, bracket):
-        found = ranked(parts, rank, bracket)
+    def watched(parts, rank, bracket, known):
+        found = ranked(parts, rank, bracket, known)
         low, high, _ = bracket
         seen.add("everything" if (low, high) == (0, select.TOP) else "one key" if low == high else "bracket")
         seen.add("double" if parts[0].wide else "single")
@@ -122,17 +122,18 @@ def test_every_branch_of_the_search_has_run(monkeypatch):
     assert seen == {"everything", "one key", "bracket", "double", "single"}
 
 
+@pytest.mark.parametrize("lie", [lambda keys: keys // 3, lambda keys: keys + keys // 8], ids=["low", "high"])
 @pytest.mark.parametrize("kind", ["random", "few values", "double", "double with ties"])
-def test_a_sample_that_lies_costs_a_pass_and_nothing_else(kind, monkeypatch):
+def test_a_sample_that_lies_costs_passes_and_nothing_else(kind, lie, monkeypatch):
     made_small(monkeypatch, 1, 16, 3000)
     sample, ranked, missed = select._sample, select._ranked, []
 
-    def watched(*args):
-        found = ranked(*args)
-        missed.append(found is None)
+    def watched(parts, rank, bracket, known):
+        found = ranked(parts, rank, bracket, known)
+        missed.append(isinstance(found, select.Range) and not bracket.low <= found.low <= bracket.high)
         return found
 
-    monkeypatch.setattr(select, "_sample", lambda *args: [keys // 3 for keys in sample(*args)])
+    monkeypatch.setattr(select, "_sample", lambda *args: [lie(keys) for keys in sample(*args)])
     monkeypatch.setattr(select, "_ranked", watched)
     x = DATA[kind]()
     check_kept(x, trimmed(x, 600), 600)
@@ -141,26 +142,33 @@ def test_a_sample_that_lies_costs_a_pass_and_nothing_else(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", list(DATA))
 @pytest.mark.parametrize("held", [20, 100])
-def test_where_too_many_keys_are_inside_a_bracket_some_narrow_it(kind, held, monkeypatch):
+def test_never_more_keys_are_collected_than_are_held(kind, held, monkeypatch):
     made_small(monkeypatch, 1, 16, 300)
     x = DATA[kind]()
-    wanted, steps, counted = trimmed(x, 600), [], select._counted
+    wanted, collected, ranked = trimmed(x, 600), [], select._ranked
 
-    def watched(keys, above, at, bracket, *, wide):
-        found = counted(keys, above, at, bracket, wide=wide)
-        steps.append(bracket.step)
-        assert found.keys is None or len(found.keys) <= -(-found.inside // bracket.step)
+    def watched(parts, rank, bracket, known):
+        most = held if bracket.share == 1 else bracket.share * known.inside
+        collected.append(sum(len(part.keys) for part in parts if part.keys is not None))
+        assert collected[-1] <= most + select.FEW * len(parts)
+        found = ranked(parts, rank, bracket, known)
+        if isinstance(found, select.Range):
+            assert found.high - found.low < known.high - known.low
+            assert 0 < found.inside <= known.inside
         return found
 
     monkeypatch.setattr(select, "HELD", held)
+    monkeypatch.setattr(select, "FEW", 1)
     monkeypatch.setattr(select, "SAMPLE", 100)
-    monkeypatch.setattr(select, "_counted", watched)
-    result = trimmed(x, 600)
-    assert torch.equal(result, wanted)
-    check_kept(x, result, 600)
-    if kind == "random":
-        assert max(steps) > 1
-        assert steps[-1] == 1
+    monkeypatch.setattr(select, "_ranked", watched)
+    for lie in (lambda keys: keys, lambda keys: keys // 3, lambda keys: keys * 0):
+        sample = select._sample
+        with monkeypatch.context() as lying:
+            lying.setattr(select, "_sample", lambda *args, told=lie, f=sample: [told(keys) for keys in f(*args)])
+            result = trimmed(x, 600)
+        assert torch.equal(result, wanted)
+    check_kept(x, wanted, 600)
+    assert max(collected) > 0 or kind in ("constant", "zeros")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -83,9 +83,7 @@ def contributors(case: Case) -> dict[str, Job]:
 
 
 def attacker(case: Case) -> Job:
-    return Job(
-        case.world, TASK, attack=ATTACKS[case.attack], target=case.target, own_head=case.attack == OWN_HEAD
-    )
+    return Job(case.world, TASK, attack=ATTACKS[case.attack], target=case.target, own_head=case.attack == OWN_HEAD)
 
 
 def other_base(world: World, worlds: Sequence[World] = WORLDS) -> World:

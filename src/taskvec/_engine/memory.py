@@ -6,9 +6,9 @@ from math import ceil
 import torch
 
 from .lift import Ruled
-from .pieces import chunk_size
+from .pieces import BLOCK, chunk_size
 from .run import Run, Stack, block_of, workers_of
-from .select import HELD, SAMPLE
+from .select import FEW, HELD, SAMPLE, guessed_share
 from .sources import Foreign, Memory, Source
 
 __all__ = ["peak_bytes"]
@@ -61,12 +61,13 @@ def _of_statistics(run: Run, names: Sequence[str]) -> Iterator[int]:
     for source in run.nodes:
         if isinstance(source, Ruled) and source.mark.statistics:
             own = [source.specs[name].entries for name in source.specs]
-            entries = sum(own) if source.options.scope == "global" else max(own, default=0)
+            scope = own if source.options.scope == "global" else [max(own, default=0)]
+            entries, blocks = sum(scope), sum(-(-count // BLOCK) for count in scope)
             sample = min(SAMPLE, ceil(entries ** (2 / 3)))
-            # a bracket of four standard deviations and a margin around a key of the sample; sorted and joined copies
-            held = min(HELD, entries, 10 * entries // max(1, 2 * int(sample**0.5)) + sample)
+            held = max(min(HELD, entries), int(guessed_share(sample, entries) * entries)) + FEW * blocks
             overlapping = 1 if source.options.scope == "global" else min(len(names), 2)
-            yield overlapping * len(source.sources) * 8 * 3 * (sample + held)
+            # of one vector at a time there are joined and sorted copies
+            yield overlapping * (len(source.sources) + 2) * 8 * (sample + held)
 
 
 def _of_survivors(run: Run) -> Iterator[int]:

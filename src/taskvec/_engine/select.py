@@ -3,12 +3,12 @@
 Every entry has a key: the bits of its magnitude, whose order is the order of the values, then its turn, a number that
 differs for all entries of a tensor and settles equal magnitudes, then the key of its tensor's name. A sample brackets
 the key that is wanted, one pass counts what lies above the bracket and collects what lies inside; the count makes it
-exact, whatever the sample said.
+exact, whatever the sample said. Where too much is inside, or the key is not, the pass has narrowed down all the same
+where it lies, and more passes count what is in equal parts of that, until little enough is left to be collected.
 """
 
 from collections.abc import Generator, Sequence
 from functools import lru_cache
-from math import ceil
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -30,7 +30,9 @@ LOW = (1 << 32) - 1
 TOP = (1 << 63) - 1
 SMALL = 1 << 16  # so many keys are collected without a bracket
 SAMPLE = 1 << 20  # keys of a vector in a sample, at most
-HELD = 1 << 21  # keys of a vector that are collected, about; of more only a part, to narrow the bracket by
+HELD = 1 << 21  # so many keys of a vector are collected, twice as many by a guess; of more, bins are counted
+FEW = 64  # keys of a block, which any bracket collects
+BINS = 64  # equal parts of a bracket
 
 
 class Key(NamedTuple):
@@ -221,11 +223,15 @@ def _sample(stack: Tensor, at: Place, equals: Sequence[int | None]) -> list[Any]
 
 
 class Inside(NamedTuple):
-    """Of one vector's block: how many keys are above a bracket, how many inside, and those (unless it is one key)."""
+    """Of one vector's block: how many keys are above a bracket and inside, and those, or how many are in each bin.
+
+    Neither where the bracket is one key.
+    """
 
     above: int
     inside: int
     keys: Any
+    bins: Any
     name: int
     wide: bool
 
@@ -243,7 +249,7 @@ def _inside(
         found = _bracketed_rows(mags, at, asked)
     else:
         found = [
-            _counted(_keys(x, at, equals[i]), 0, at, bracket, wide=own.dtype == torch.float64)
+            _counted(_keys(x, at, equals[i]), 0, at, bracket, entries=len(x), wide=own.dtype == torch.float64)
             for i, x, bracket in zip(rows, own, asked, strict=True)
         ]
     told = dict(zip(rows, found, strict=True))
@@ -262,17 +268,28 @@ def _bracketed_rows(mags: Any, at: Place, brackets: Sequence["Bracket"]) -> list
         begin, end = end, end + int(np.count_nonzero(near[i]))
         columns = places[begin:end] - i * mags.shape[1]
         keys = (mags[i][columns].astype(np.uint64) << np.uint64(32)) | _turns_at(at, columns)
-        found.append(_counted(keys, int(np.count_nonzero(larger[i])), at, bracket, wide=False))
+        above = int(np.count_nonzero(larger[i]))
+        found.append(_counted(keys, above, at, bracket, entries=mags.shape[1], wide=False))
     return found
 
 
-def _counted(keys: Any, above: int, at: Place, bracket: "Bracket", *, wide: bool) -> Inside:
-    """What of some keys is above and inside a bracket, beside so many that are above anyway."""
-    low, high, step = bracket
-    larger, least = keys > high, keys >= low
+def _counted(keys: Any, above: int, at: Place, bracket: "Bracket", *, entries: int, wide: bool) -> Inside:
+    """What of some keys of a block is above and inside a bracket, beside so many that are above anyway."""
+    larger, least = keys > bracket.high, keys >= bracket.low
     inside = least & ~larger
-    chosen = None if low == high else _on_host(keys[inside][::step])
-    return Inside(above + int(larger.sum()), int(inside.sum()), chosen, at.key, wide)
+    count, above = int(inside.sum()), above + int(larger.sum())
+    if bracket.low == bracket.high:
+        return Inside(above, count, None, None, at.key, wide)
+    chosen = _on_host(keys[inside])
+    if count > bracket.share * entries + FEW:
+        return Inside(above, count, None, _binned(chosen, bracket), at.key, wide)
+    return Inside(above, count, chosen, None, at.key, wide)
+
+
+def _binned(keys: Any, bracket: "Bracket") -> Any:
+    """How many keys are in each of the equal parts of a bracket."""
+    places = (keys - np.uint64(bracket.low)) >> np.uint64(bracket.shift)
+    return np.bincount(places.astype(np.int64), minlength=BINS).astype(np.uint32)
 
 
 def _check_finite(mags: Any, infinity: int) -> None:
@@ -291,58 +308,68 @@ class Found(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """The keys from low to high, of which every so-manieth is collected."""
+    """The keys from low to high. Of a block where more than a share of the entries are inside, bins are counted."""
 
     low: int
     high: int
-    step: int = 1
+    share: float
+
+    @property
+    def shift(self) -> int:
+        """Two to this power is the width of a bin."""
+        return max(0, (self.high - self.low).bit_length() - (BINS.bit_length() - 1))
 
 
-class Known(NamedTuple):
-    """What is known of the key that is wanted: it is the one below a fraction of so many keys, some of them sorted."""
+class Range(NamedTuple):
+    """What is known of the key that is wanted: it is one of so many inside, from low to high; so many are above."""
 
-    sample: Any
-    fraction: float
-    total: int
-    width: float = 3.5  # one bracket in two thousand misses, and costs a pass
-    stuck: bool = False  # a bracket that cannot be narrowed: many keys are equal
+    low: int
+    high: int
+    above: int
+    inside: int
 
     def bracket(self) -> Bracket:
-        """A bracket that very probably holds the key, of a width in standard deviations of its place in the sample."""
-        m = len(self.sample)
-        place = self.fraction * m
-        margin = 8 + self.width * (m * self.fraction * (1 - self.fraction)) ** 0.5
-        first, last = int(place - margin), int(place + margin)
-        low = int(self.sample[m - 1 - last]) if last < m else 0
-        high = int(self.sample[m - 1 - first]) if first > 0 else TOP
-        shrinks = 2 * margin < m and not self.stuck
-        return Bracket(low, high, ceil(self.total * 2 * margin / m / HELD) if shrinks else 1)
+        """The whole range: its keys are collected where they are few, else counted in bins."""
+        return Bracket(self.low, self.high, 1.0 if self.inside <= HELD else 0.0)
+
+    def guess(self, sample: Any, rank: int) -> Bracket:
+        """A bracket that very probably holds the key of a rank: one in two thousand misses, and costs some passes.
+
+        It is four standard deviations of the key's place in a sorted sample wide, on both sides.
+        """
+        m, fraction = len(sample), rank / self.inside
+        margin = 8 + 3.5 * (m * fraction * (1 - fraction)) ** 0.5
+        first, last = int(fraction * m - margin), int(fraction * m + margin)
+        low = int(sample[m - 1 - last]) if last < m else self.low
+        high = int(sample[m - 1 - first]) if first > 0 else self.high
+        return Bracket(low, high, guessed_share(m, self.inside))
+
+
+def guessed_share(sample: int, count: int) -> float:
+    """Of a block's entries so many are collected by a guess: four times what is expected, not too many in all."""
+    return min(1.0, (64 + 14 * sample**0.5) / max(1, sample), 2 * HELD / count)
 
 
 def _search(ranks: Sequence[int | None], counts: Sequence[int], entries: int, equals: Sequence[int | None]) -> Passes:
     """For each vector with a rank, find the key of that rank, from 1, among `counts` keys."""
-    found: list[Found | None] = [None] * len(ranks)
-    known = [Known((), (rank or 0) / max(1, count), count) for rank, count in zip(ranks, counts, strict=True)]
-    if max((count for rank, count in zip(ranks, counts, strict=True) if rank is not None), default=0) > SMALL:
+    wanted = {i: rank for i, rank in enumerate(ranks) if rank is not None}
+    known = {i: Range(0, TOP if equals[i] is None else LOW, 0, counts[i]) for i in wanted}
+    brackets = {i: own.bracket() for i, own in known.items()}
+    if max((own.inside for own in known.values()), default=0) > SMALL:
         parts = yield Look(_sample, (equals,), sample=min(SAMPLE, int(entries ** (2 / 3))))
-        for i in range(len(known)):
-            known[i] = known[i]._replace(sample=np.sort(np.concatenate(_taken(parts, i))))
-    while any(rank is not None and own is None for rank, own in zip(ranks, found, strict=True)):
-        brackets = [
-            None if rank is None or own is not None else about.bracket()
-            for rank, own, about in zip(ranks, found, known, strict=True)
-        ]
-        parts = yield Look(_inside, (brackets, equals))
-        for i, bracket in enumerate(brackets):
-            if bracket is None:
-                continue
-            result = _ranked(_taken(parts, i), ranks[i] or 0, bracket)
+        for i, own in known.items():
+            brackets[i] = own.guess(np.sort(np.concatenate(_taken(parts, i))), wanted[i])
+        del parts
+    found: list[Found | None] = [None] * len(ranks)
+    while brackets:
+        parts = yield Look(_inside, ([brackets.get(i) for i in range(len(ranks))], equals))
+        for i, bracket in list(brackets.items()):
+            result = _ranked(_taken(parts, i), wanted[i], bracket, known[i])
             if isinstance(result, Found):
                 found[i] = result
-            elif result is not None:
-                known[i] = result._replace(stuck=2 * result.total > known[i].total)
-            else:  # wider, and in the end everything
-                known[i] = known[i]._replace(width=8 * known[i].width)
+                del brackets[i]
+            else:
+                known[i], brackets[i] = result, result.bracket()
     return found
 
 
@@ -354,22 +381,33 @@ def _taken(parts: Sequence[list[Any]], i: int) -> list[Any]:
     return found
 
 
-def _ranked(parts: Sequence[Inside], rank: int, bracket: Bracket) -> Found | Known | None:
-    """The key of a rank, or where it lies inside the bracket; None if it does not."""
+def _ranked(parts: Sequence[Inside], rank: int, bracket: Bracket, known: Range) -> Found | Range:
+    """The key of a rank, or in which part of what was known it lies."""
     above, count = sum(part.above for part in parts), sum(part.inside for part in parts)
-    if not above < rank <= above + count:
-        return None
+    if rank <= above:
+        return Range(bracket.high + 1, known.high, known.above, above - known.above)
+    if rank > above + count:
+        return Range(known.low, bracket.low - 1, above + count, known.above + known.inside - above - count)
     if bracket.low == bracket.high:
         names = [part.name for part in parts for _ in range(part.inside)] if count < SMALL else []
         return Found(bracket.low, above, count, names, parts[0].wide)
+    if any(part.bins is not None for part in parts):
+        bins = [_binned(part.keys, bracket) if part.bins is None else part.bins for part in parts]
+        return _in_bin(np.sum(bins, axis=0, dtype=np.int64), rank, bracket, above)
     keys = np.concatenate([part.keys for part in parts])
-    if bracket.step > 1:
-        return Known(np.sort(keys), (rank - above) / count, count)
     place = len(keys) - (rank - above)
     keys.partition(place)
     key = keys[place]
     names = [part.name for part in parts for _ in range(int(np.count_nonzero(part.keys == key)))]
     return Found(int(key), above + int(np.count_nonzero(keys > key)), len(names), names, parts[0].wide)
+
+
+def _in_bin(bins: Any, rank: int, bracket: Bracket, above: int) -> Range:
+    """The bin that holds the key of a rank."""
+    larger = above + bins[::-1].cumsum()[::-1] - bins  # keys above each bin
+    at = int(np.flatnonzero((larger < rank) & (rank <= larger + bins))[0])
+    low = bracket.low + (at << bracket.shift)
+    return Range(low, min(bracket.high, low + (1 << bracket.shift) - 1), int(larger[at]), int(bins[at]))
 
 
 def largest(n: int, entries: int, keep: int, *, with_equals: bool = False) -> Passes:
