@@ -632,6 +632,17 @@ def test_survivors_are_told_once_for_their_own_piece_and_to_no_other_process():
     assert pickle.loads(pickle.dumps(part)).bits == {}
 
 
+@pytest.mark.parametrize(("density", "waits"), [(1.0, False), (0.5, True)])
+def test_what_survives_is_held_for_all_tensors_only_where_a_rule_reads_all_of_them_first(density, waits, monkeypatch):
+    taken, made = list[str](), sparsify.part_of
+    monkeypatch.setattr(sparsify, "part_of", lambda *args: taken.append("drop") or made(*args))
+    dropped = [v.map(drop, density=0.5, seed=i, rescale="l1") for i, v in enumerate(streamed(vectors()))]
+    merged = merge(dropped, ties, density=density)
+    first = next(iter(merged))
+    assert merged[first].shape == SHAPES[first]
+    assert len(taken) == 3 * (len(SHAPES) if waits else 1)
+
+
 # lazy in, lazy out
 
 

@@ -154,7 +154,9 @@ class Ruled(Stack):
         if not self.mark.statistics or self.options.scope == "row" or self._scope(name) in self.known:
             return ()
         names = self.specs if self.options.scope == "global" else [name]
-        return tuple(own for own in names if self.specs[own].entries)
+        filled = tuple(own for own in names if self.specs[own].entries)
+        # what reads nothing, such as the cut at density 1, is known at once: no tensor has to wait for the others
+        return filled if filled and next(self.passes(filled), None) is not None else ()
 
     @override
     def passes(self, names: Sequence[str]) -> Generator[Look, list[Any], None]:

@@ -59,7 +59,7 @@ def _of_task(run: Run, name: str) -> int:
 
 def _of_statistics(run: Run, names: Sequence[str]) -> Iterator[int]:
     for source in run.nodes:
-        if isinstance(source, Ruled) and source.mark.statistics:
+        if isinstance(source, Ruled) and any(map(source.wants, source.specs)):
             own = [source.specs[name].entries for name in source.specs]
             scope = own if source.options.scope == "global" else [max(own, default=0)]
             entries, blocks = sum(scope), sum(-(-count // BLOCK) for count in scope)
