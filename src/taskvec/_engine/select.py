@@ -7,7 +7,7 @@ exact, whatever the sample said. Where too much is inside, or the key is not, th
 where it lies, and more passes count what is in equal parts of that, until little enough is left to be collected.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -32,7 +32,8 @@ SMALL = 1 << 16  # so many keys are collected without a bracket
 SAMPLE = 1 << 20  # keys of a vector in a sample, at most
 HELD = 1 << 21  # so many keys of a vector are collected, twice as many by a guess; of more, bins are counted
 FEW = 64  # keys of a block, which any bracket collects
-BINS = 64  # equal parts of a bracket
+BINS = 64  # parts of a bracket, about
+PACKED = 56  # keys in one string of bytes: Python's own allocator takes those of at most 512 bytes, header included
 
 
 class Key(NamedTuple):
@@ -225,13 +226,14 @@ def _sample(stack: Tensor, at: Place, equals: Sequence[int | None]) -> list[Any]
 class Inside(NamedTuple):
     """Of one vector's block: how many keys are above a bracket and inside, and those, or how many are in each bin.
 
-    Neither where the bracket is one key.
+    Neither where the bracket is one key. Both are small strings of bytes, which Python keeps apart: arrays that stay
+    would lie among the large ones of a block, and what is freed between them would be of no use to the next block.
     """
 
     above: int
     inside: int
-    keys: Any
-    bins: Any
+    keys: list[bytes] | None
+    bins: bytes
     name: int
     wide: bool
 
@@ -279,17 +281,26 @@ def _counted(keys: Any, above: int, at: Place, bracket: "Bracket", *, entries: i
     inside = least & ~larger
     count, above = int(inside.sum()), above + int(larger.sum())
     if bracket.low == bracket.high:
-        return Inside(above, count, None, None, at.key, wide)
+        return Inside(above, count, None, b"", at.key, wide)
     chosen = _on_host(keys[inside])
     if count > bracket.share * entries + FEW:
-        return Inside(above, count, None, _binned(chosen, bracket), at.key, wide)
-    return Inside(above, count, chosen, None, at.key, wide)
+        return Inside(above, count, None, _binned(chosen, bracket).tobytes(), at.key, wide)
+    return Inside(above, count, _packed(chosen), b"", at.key, wide)
+
+
+def _packed(keys: Any) -> list[bytes]:
+    return [keys[i : i + PACKED].tobytes() for i in range(0, len(keys), PACKED)]
+
+
+def _unpacked(keys: Iterable[bytes]) -> Any:
+    """The keys of such strings, a new array."""
+    return np.frombuffer(bytearray().join(keys), dtype=np.uint64)
 
 
 def _binned(keys: Any, bracket: "Bracket") -> Any:
-    """How many keys are in each of the equal parts of a bracket."""
-    places = (keys - np.uint64(bracket.low)) >> np.uint64(bracket.shift)
-    return np.bincount(places.astype(np.int64), minlength=BINS).astype(np.uint32)
+    """How many keys are in each bin of a bracket, uint32."""
+    edges: Any = bracket.edges
+    return np.bincount(edges.searchsorted(keys, side="right") - 1, minlength=len(edges)).astype(np.uint32)
 
 
 def _check_finite(mags: Any, infinity: int) -> None:
@@ -308,16 +319,16 @@ class Found(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """The keys from low to high. Of a block where more than a share of the entries are inside, bins are counted."""
+    """The keys from low to high. Of a block where more than a share of the entries are inside, bins are counted.
+
+    Attributes:
+        edges: the smallest key of each bin.
+    """
 
     low: int
     high: int
     share: float
-
-    @property
-    def shift(self) -> int:
-        """Two to this power is the width of a bin."""
-        return max(0, (self.high - self.low).bit_length() - (BINS.bit_length() - 1))
+    edges: Any
 
 
 class Range(NamedTuple):
@@ -329,24 +340,29 @@ class Range(NamedTuple):
     inside: int
 
     def bracket(self) -> Bracket:
-        """The whole range: its keys are collected where they are few, else counted in bins."""
-        return Bracket(self.low, self.high, 1.0 if self.inside <= HELD else 0.0)
+        """The whole range: its keys are collected where they are few, else counted in equal bins."""
+        width = -((self.low - self.high - 1) // BINS)
+        edges = np.array(range(self.low, self.high + 1, width), np.uint64)
+        return Bracket(self.low, self.high, 1.0 if self.inside <= HELD else 0.0, edges)
 
     def guess(self, sample: Any, rank: int) -> Bracket:
         """A bracket that very probably holds the key of a rank: one in two thousand misses, and costs some passes.
 
-        It is four standard deviations of the key's place in a sorted sample wide, on both sides.
+        It is three and a half standard deviations of the key's place in a sorted sample wide, and eight, on both sides.
+        Its bins have the same number of keys of the sample each.
         """
         m, fraction = len(sample), rank / self.inside
         margin = 8 + 3.5 * (m * fraction * (1 - fraction)) ** 0.5
         first, last = int(fraction * m - margin), int(fraction * m + margin)
         low = int(sample[m - 1 - last]) if last < m else self.low
         high = int(sample[m - 1 - first]) if first > 0 else self.high
-        return Bracket(low, high, guessed_share(m, self.inside))
+        near = sample[max(0, m - 1 - last) : m - max(0, first)]
+        edges = np.unique(np.concatenate([np.array([low], np.uint64), near[:: len(near) // BINS + 1]]))
+        return Bracket(low, high, guessed_share(m, self.inside), edges)
 
 
 def guessed_share(sample: int, count: int) -> float:
-    """Of a block's entries so many are collected by a guess: four times what is expected, not too many in all."""
+    """Of a block's entries so many are collected by a guess: four times what is expected, and not too many in all."""
     return min(1.0, (64 + 14 * sample**0.5) / max(1, sample), 2 * HELD / count)
 
 
@@ -391,14 +407,14 @@ def _ranked(parts: Sequence[Inside], rank: int, bracket: Bracket, known: Range) 
     if bracket.low == bracket.high:
         names = [part.name for part in parts for _ in range(part.inside)] if count < SMALL else []
         return Found(bracket.low, above, count, names, parts[0].wide)
-    if any(part.bins is not None for part in parts):
-        bins = [_binned(part.keys, bracket) if part.bins is None else part.bins for part in parts]
-        return _in_bin(np.sum(bins, axis=0, dtype=np.int64), rank, bracket, above)
-    keys = np.concatenate([part.keys for part in parts])
+    keys = _unpacked(own for part in parts for own in part.keys or ())
+    if len(keys) < count:
+        bins = np.frombuffer(b"".join(part.bins for part in parts), dtype=np.uint32).reshape(-1, len(bracket.edges))
+        return _in_bin(bins.sum(axis=0, dtype=np.int64) + _binned(keys, bracket), rank, bracket, above)
     place = len(keys) - (rank - above)
     keys.partition(place)
     key = keys[place]
-    names = [part.name for part in parts for _ in range(int(np.count_nonzero(part.keys == key)))]
+    names = [p.name for p in parts for own in p.keys or () for _ in range(np.count_nonzero(_unpacked([own]) == key))]
     return Found(int(key), above + int(np.count_nonzero(keys > key)), len(names), names, parts[0].wide)
 
 
@@ -406,8 +422,8 @@ def _in_bin(bins: Any, rank: int, bracket: Bracket, above: int) -> Range:
     """The bin that holds the key of a rank."""
     larger = above + bins[::-1].cumsum()[::-1] - bins  # keys above each bin
     at = int(np.flatnonzero((larger < rank) & (rank <= larger + bins))[0])
-    low = bracket.low + (at << bracket.shift)
-    return Range(low, min(bracket.high, low + (1 << bracket.shift) - 1), int(larger[at]), int(bins[at]))
+    ends = [*map(int, bracket.edges), bracket.high + 1]
+    return Range(ends[at], ends[at + 1] - 1, int(larger[at]), int(bins[at]))
 
 
 def largest(n: int, entries: int, keep: int, *, with_equals: bool = False) -> Passes:
