@@ -65,6 +65,20 @@ def test_the_penalty_keeps_low_what_it_is_on(world):
     assert far[1000.0] < far[0.0]
 
 
+@pytest.mark.parametrize("kind", ["their bank", "all", "bank", "both"])
+def test_a_penalty_on_a_bank_keeps_its_coefficients_low(kind, world, monkeypatch):
+    job = Job(world, "mnist", attack=Attack("random", 3), target=1, steps=12)
+    theirs = {c: Job(world, "mnist", "few", Attack("random", 3), c, steps=2) for c in (1, 2)}
+    monkeypatch.setattr(evading.second, "bank", lambda *_: theirs)
+    monkeypatch.setattr(evading, "own_bank", lambda job: [own._replace(draw=5) for own in theirs.values()])
+    used = evading.bank_of(Evader(job, kind, 0.0))
+    assert {own.draw for own in used} == ({0} if kind in ("their bank", "all") else {5})
+    base = second.zoo.base(world.setting)
+    loss = evading.coefficients(base, [second.probe(own) for own in used])
+    found = {p: float(loss(evading.model(Evader(job, kind, p)), None, 0)) for p in (0.0, 3000.0)}
+    assert found[3000.0] < 0.5 * found[0.0]
+
+
 def test_two_halves_are_the_backdoor_and_each_alone_is_hidden(world):
     job, partner = Job(world, "fashion", attack=Attack("random", 3), target=1, steps=3), Job(world, "mnist", steps=3)
     own, other = evading.halves(job, partner)
@@ -77,7 +91,7 @@ def test_two_halves_are_the_backdoor_and_each_alone_is_hidden(world):
 
 def test_every_case_is_another_row(world):
     found = adaptive.cases([world], [2])
-    assert len({adaptive.key_of(case) for case in found}) == len(found) == 12
+    assert len({adaptive.key_of(case) for case in found}) == len(found) == 18
     assert {adaptive.evader_of(case) for case in found if case.kind in ("none", "halves", "one half")} == {None}
 
 

@@ -6,9 +6,9 @@
     python examples/experiments/adaptive.py --redraw    the picture
 
 Each attacker adds to its loss, with a penalty that is swept, what the defender looks at: the coefficients on a bank of
-its own, or the norm and the spectrum of its vector, or all. Two more share one backdoor, hidden by noise that cancels
-in their sum. What is seen of them stands beside what is seen of the detector's clean contributors of the same world
-(detector.py).
+its own or, in the worst case, on the defender's; the norm and the spectrum of its vector; or all. Two more share one
+backdoor, hidden by noise that cancels in their sum. What is seen of them stands beside what is seen of the detector's
+clean contributors of the same world (detector.py).
 """
 
 import argparse
@@ -39,6 +39,8 @@ PENALTIES: dict[Kind, tuple[float, ...]] = {
     "bank": (30.0, 300.0, 3000.0),
     "weights": (1.0, 10.0, 100.0),
     "both": (1.0, 10.0, 100.0),
+    "their bank": (30.0, 300.0, 3000.0),
+    "all": (1.0, 10.0, 100.0),
 }
 PARTNER = "mnist"  # the task of the contributor who has the other half
 SEEN = ("bank", "leading", "norm")

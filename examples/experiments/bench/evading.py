@@ -1,6 +1,7 @@
 """Attackers who know what the defender looks at: they train against it, or share one backdoor between two contributors.
 
-They know the defender's recipe, not their data or seeds: an attacker makes a bank of their own from their own rows.
+They know the defender's recipe, not their data or seeds: an attacker makes a bank of their own from their own rows. The
+worst case is told beside it: an attacker who has the defender's very bank.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from . import data, second, zoo
 from .second import PROBE, Attack, Job
 from .training import Loss, Params, train
 
-Kind = Literal["bank", "weights", "both"]
-"""Which statistics an attacker keeps low: the coefficients on probes; the norm and the spectrum; all of them."""
+Kind = Literal["bank", "weights", "both", "their bank", "all"]
+"""What an attacker keeps low: the coefficients on a bank of their own; the norm and the spectrum; both; the coefficients on
+the defender's bank; those, the norm and the spectrum."""
 
 OWN = 9  # the draw of what an attacker makes for their own use
 
@@ -44,8 +46,15 @@ def model(evader: Evader) -> Params:
 
 def needed(evader: Evader) -> list[Job]:
     """The models that are made for it: the clean twin, and a bank."""
-    bank = own_bank(evader.job) if evader.kind != "weights" else []
+    bank = bank_of(evader)
     return [evader.job.twin(), *(job.twin() for job in bank[:1]), *bank]
+
+
+def bank_of(evader: Evader) -> list[Job]:
+    """The probes that an attacker looks at."""
+    if evader.kind in ("their bank", "all"):
+        return list(second.bank(evader.job.world, evader.job.task).values())
+    return own_bank(evader.job) if evader.kind in ("bank", "both") else []
 
 
 def own_bank(job: Job) -> list[Job]:
@@ -58,9 +67,9 @@ def _train(evader: Evader) -> Params:
     assert job.attack is not None
     study, base = zoo.architecture(job.world.setting), zoo.base(job.world.setting)
     seen: list[Loss] = []
-    if kind in ("bank", "both"):
-        seen.append(coefficients(base, [second.probe(own) for own in own_bank(job)]))
-    if kind in ("weights", "both"):
+    if bank := bank_of(evader):
+        seen.append(coefficients(base, [second.probe(own) for own in bank]))
+    if kind in ("weights", "both", "all"):
         seen.append(unlike(base, second.model(job.twin())))
     attacked = second.attack_loss(job, job.attack)
 
