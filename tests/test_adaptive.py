@@ -151,14 +151,32 @@ def test_a_sum_is_ranked_among_all_sums():
 
 def test_the_picture_has_a_line_for_each_kind(tmp_path):
     found = [
-        Shown(kind, penalty, {m: [50.0] for m in adaptive.MERGES}, {m: [80.0] for m in adaptive.MERGES}, {}, penalty)
-        for kind, penalty in (("none", 0.0), ("bank", 30.0), ("bank", 300.0), ("halves", 0.0))
+        Shown(
+            kind,
+            penalty,
+            {m: [50.0, 60.0] for m in adaptive.MERGES},
+            {},
+            {"bank": penalty, "leading": 7.0},
+            penalty / 2,
+        )
+        for kind, penalty in (("none", 0.0), ("bank", 30.0), ("bank", 40.0), ("halves", 0.0))
     ]
     series = adaptive.frontier_of(found)
-    assert list(series["TIES"]) == ["hides nothing", "hides from bank", "halves"]
-    assert series["TIES"]["hides from bank"] == [(0.0, 50.0), (30.0, 50.0), (300.0, 50.0)]
+    assert len(series) == 6
+    assert list(series["TIES: the bank"]) == ["hides nothing", "from a bank of its own", "two with half of it each"]
+    assert series["TIES: the bank"]["from a bank of its own"] == [(0.0, 55.0), (30.0, 55.0), (40.0, 55.0)]
+    best = series["task arithmetic: the best of three"]
+    assert best["from a bank of its own"] == [(0.0, 55.0), (15.0, 55.0), (20.0, 55.0)]
+    assert series["TIES: the spectrum"]["two with half of it each"] == [(7.0, 55.0)]
     pictures.frontier(tmp_path / "x.png", series)
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_what_the_rows_give():
+    if not adaptive.ROWS.exists():
+        pytest.skip("the rows are in the repository only")
+    page = (Path(__file__).parents[1] / "docs" / "tables" / "adaptive.txt").read_text("utf-8")
+    assert page.strip() == adaptive.kept_tables(adaptive.cases()).strip()
 
 
 def test_what_the_detector_has_seen_is_read(monkeypatch, tmp_path):

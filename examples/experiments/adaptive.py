@@ -44,6 +44,17 @@ PENALTIES: dict[Kind, tuple[float, ...]] = {
 }
 PARTNER = "mnist"  # the task of the contributor who has the other half
 SEEN = ("bank", "leading", "norm")
+STATISTICS = {"bank": "the bank", "leading": "the spectrum", "best": "the best of three"}
+KINDS = {
+    "none": "hides nothing",
+    "bank": "from a bank of its own",
+    "weights": "from norm and spectrum",
+    "both": "from both",
+    "their bank": "from the defender's bank",
+    "all": "from that, norm and spectrum",
+    "halves": "two with half of it each",
+    "one half": "one of them alone",
+}
 
 
 class Case(NamedTuple):
@@ -234,23 +245,33 @@ def pairs_table(rows: Rows) -> str:
 
 
 def frontier_of(found: Sequence[Shown]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The lines of the picture: each kind from no penalty on."""
+    """The lines of the picture: for each merge and statistic each kind, from no penalty on."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for merge in MERGES:
-        points = {(one.kind, one.penalty): (one.lowest, fmean(one.asr[merge])) for one in found}
-        start = points["none", 0.0]
-        kinds = [kind for kind in dict.fromkeys(kind for kind, _ in points) if kind != "none"]
-        swept = {kind: [xy for (own, _), xy in points.items() if own == kind] for kind in kinds}
-        series[merge] = {"hides nothing": [start]} | {
-            (f"hides from {kind}" if kind in PENALTIES else kind): ([start, *xy] if kind in PENALTIES else xy)
-            for kind, xy in swept.items()
+    for merge, seen in product(MERGES, ("bank", "leading", "best")):
+        points = {
+            (one.kind, one.penalty): (one.lowest if seen == "best" else one.beaten[seen], fmean(one.asr[merge]))
+            for one in found
         }
+        lines = {"none": [points["none", 0.0]]}
+        for (kind, _), xy in points.items():
+            if kind != "none":
+                lines.setdefault(kind, lines["none"][:] if kind in PENALTIES else []).append(xy)
+        series[f"{merge}: {STATISTICS[seen]}"] = {KINDS[kind]: line for kind, line in lines.items()}
     return series
 
 
 def kept_rows(wanted: Sequence[Case]) -> dict[Case, Any]:
     kept = cells.read(ROWS)
     return {case: kept[key] for case in wanted if (key := key_of(case)) in kept}
+
+
+def kept_tables(wanted: Sequence[Case]) -> str:
+    """The tables of all rows that there are of some cases, in worlds that the detector has seen."""
+    rows, clean = kept_rows(wanted), clean_values(WORLDS)
+    found = shown(rows, clean)
+    if not found:
+        return "there are no rows yet; detector.py must have run the same worlds"
+    return f"{table(found, len({case.world for case in rows if case.world in clean}))}\n{pairs_table(rows)}"
 
 
 def train(todo: Sequence[Case], workers: int) -> None:
@@ -282,16 +303,11 @@ def main() -> None:
     todo = [case for case in wanted if case not in kept]
     if todo and not (given.tables or given.redraw):
         train(todo, given.workers)
-    rows, clean = kept_rows(wanted), clean_values(WORLDS)
-    found = shown(rows, clean)
     if given.redraw:
+        found = shown(kept_rows(wanted), clean_values(WORLDS))
         pictures.frontier(cells.FOLDER.parents[2] / "docs" / "images" / "adaptive.png", frontier_of(found))
         return
-    if not found:
-        print("there are no rows yet; detector.py must have run the same worlds")
-        return
-    print(table(found, len({case.world for case in rows if case.world in clean})))
-    print(pairs_table(rows))
+    print(kept_tables(wanted))
     print(f"{time.monotonic() - start:.0f} s")
 
 

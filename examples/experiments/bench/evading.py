@@ -19,8 +19,8 @@ from .second import PROBE, Attack, Job
 from .training import Loss, Params, train
 
 Kind = Literal["bank", "weights", "both", "their bank", "all"]
-"""What an attacker keeps low: the coefficients on a bank of their own; the norm and the spectrum; both; the coefficients on
-the defender's bank; those, the norm and the spectrum."""
+"""What is kept low: the coefficients on a bank of the attacker's own; norm and spectrum; both; the coefficients on the
+defender's bank; those, norm and spectrum."""
 
 OWN = 9  # the draw of what an attacker makes for their own use
 

@@ -79,24 +79,26 @@ def by_models(path: Path, title: str, series: Mapping[str, Sequence[Estimate]], 
 
 
 def frontier(path: Path, series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
-    """Lines: ASR by the false alarms that finding an attacker takes, a panel for each merge.
+    """Lines: ASR by the false alarms that finding an attacker takes; panels in rows of three, one legend below.
 
     Args:
         path: of the picture.
-        series: merge -> kind of attacker -> points in order, `(false alarms, ASR)` in per cent.
+        series: title of a panel -> kind of attacker -> points in order, `(false alarms, ASR)` in per cent.
     """
-    panels = Figure(figsize=(10, 4.5), layout="constrained")
-    row = panels.subplots(1, len(series), sharey=True, squeeze=False)[0]
-    for axes, (rule, lines) in zip(row, series.items(), strict=True):
+    rows = -(-len(series) // 3)
+    panels = Figure(figsize=(12, 3.4 * rows + 0.8), layout="constrained")
+    grid = panels.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, series.items(), strict=True):
         for i, (kind, points) in enumerate(lines.items()):
             x, y = zip(*points, strict=True)
-            axes.plot(
-                x, y, "o-" if len(points) > 1 else "*", color=f"C{i}", label=kind, markersize=5 + 7 * (len(points) == 1)
-            )
-        axes.set(xlim=(-3, 103), ylim=(-3, 103), title=rule, xlabel="clean contributors flagged before it is found, %")
+            alone = len(points) == 1
+            axes.plot(x, y, "*" if alone else "o-", color=f"C{i}", label=kind, markersize=12 if alone else 5)
+        axes.set(xlim=(-4, 104), ylim=(-4, 104), title=title)
         axes.grid(alpha=0.3)
-    row[0].set_ylabel("ASR, %")
-    row[-1].legend(fontsize=10)
+    panels.supylabel("ASR, %")
+    for axes in grid[-1]:
+        axes.set_xlabel("clean contributors that are seen as well, %")
+    panels.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     panels.savefig(path, dpi=100)
 
 
