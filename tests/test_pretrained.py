@@ -97,10 +97,23 @@ def test_the_page_shows_what_the_rows_give():
     if not pretrained.ROWS.exists():
         pytest.skip("the rows are in the repository only")
     page = (Path(__file__).parents[1] / "docs" / "tables" / "pretrained.txt").read_text("utf-8")
-    found = pretrained.tables(
-        pretrained.kept_rows(pretrained.every_cell()), list(pretrained.STRENGTHS), pretrained.TASK
-    )
-    assert page.strip() == found.strip()
+    assert page.strip() == pretrained.kept_tables(pretrained.every_cell()).strip()
+
+
+def test_subtraction_is_compared_with_shrinking_where_both_retain_the_same():
+    def at(own: int, asr: int):
+        return {"test": {"fashion": [own, 100]}, "asr": [asr, 100], "validation": {"fashion": [own, 100]}}
+
+    rows = {}
+    for world in pretrained.WORLDS[:2]:
+        cell = pretrained.Cell(world, 3, "BadNets", "TIES")
+        rows[cell._replace(rule="task arithmetic"), "controls"] = {"base": at(20, 5), "clean model": at(90, 5)}
+        clean = {"0": at(60, 5)}  # the gain is 40
+        rows[cell, "none"] = {"front": {"0": at(60, 90)}, "clean": clean}
+        rows[cell, "shrinking"] = {"front": {"0.5": at(40, 50)}, "clean": clean}  # half of the gain: 70 at 75 %
+        rows[cell, pretrained.IBVS] = {"front": {"1": at(52, 10)}, "clean": clean}  # 80 %; 90 % between it and nothing
+    line = pretrained.subtraction_table(rows).splitlines()[-1]
+    assert line.split() == ["BadNets", "TIES", "-32.0", "+-0.0", "-60.0", "+-0.0", "10.0", "+-0.0", "80.0", "+-0.0"]
 
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch):
