@@ -233,8 +233,8 @@ def test_a_statistic_over_everything_is_taken_once_and_one_of_a_tensor_once_each
     calls: list[int] = []
 
     def counted(n: int, entries: int) -> Any:
-        yield Look(block_peak)
         calls.append(entries)
+        yield Look(block_peak)
         return 0
 
     @runs("element", counted)
@@ -806,9 +806,8 @@ LOG: list[str] = []
 
 
 def counting(n: int, entries: int) -> Any:
-    found = yield from over(block_sums)
     LOG.append("taken")
-    return float(found[0])
+    return float((yield from over(block_sums))[0])
 
 
 @runs("element", counting)

@@ -247,7 +247,7 @@ def pairs_table(rows: Rows) -> str:
 def frontier_of(found: Sequence[Shown]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """The lines of the picture: for each merge and statistic each kind, from no penalty on."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for merge, seen in product(MERGES, ("bank", "leading", "best")):
+    for merge, seen in product(MERGES, STATISTICS):
         points = {
             (one.kind, one.penalty): (one.lowest if seen == "best" else one.beaten[seen], fmean(one.asr[merge]))
             for one in found

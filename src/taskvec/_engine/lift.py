@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -76,6 +76,10 @@ class Ruled(Stack):
         self.threads = mark_of(rule) is not None  # other people's functions are called in one thread, in order
         self.options = Options(rule, options, list(self.specs))
         self.known: dict[str, dict[Statistic, Any]] = {}
+        self._begun: dict[str, Begun] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_begun": {}}  # another process begins its own
 
     @override
     def key(self) -> Any:
@@ -155,11 +159,28 @@ class Ruled(Stack):
             return ()
         names = self.specs if self.options.scope == "global" else [name]
         filled = tuple(own for own in names if self.specs[own].entries)
-        # what reads nothing, such as the cut at density 1, is known at once: no tensor has to wait for the others
-        return filled if filled and next(self.passes(filled), None) is not None else ()
+        return filled if filled and self._begin(filled) is not None else ()
 
     @override
     def passes(self, names: Sequence[str]) -> Generator[Look, list[Any], None]:
+        begun = self._begin(names)
+        self._begun.pop(self._scope(names[0]), None)
+        while begun is not None:
+            found = yield begun.look
+            begun = _going_on(begun.passes, found)
+
+    def _begin(self, names: Sequence[str]) -> "Begun | None":
+        """The statistics over some names at their first pass; None if they are known, or known at once.
+
+        What reads nothing, such as the cut at density 1, is known at once: no tensor has to wait for the others.
+        """
+        scope = self._scope(names[0])
+        begun = self._begun.get(scope)
+        if begun is None and scope not in self.known and (begun := _going_on(self._take(names), None)) is not None:
+            self._begun[scope] = begun
+        return begun
+
+    def _take(self, names: Sequence[str]) -> Generator[Look, list[Any], None]:
         self._check_one_width(names)
         values = self.options.shared(self.mark.statistics, names)
         entries = sum(self.specs[name].entries for name in names)
@@ -186,6 +207,21 @@ class Ruled(Stack):
                 f"{listed(wide)} is float64 and others are not: one statistic over all needs one width; "
                 "use to(dtype=), or scope='tensor'"
             )
+
+
+class Begun(NamedTuple):
+    """Passes of which one has been asked for."""
+
+    passes: Generator[Look, list[Any], None]
+    look: Look
+
+
+def _going_on(passes: Generator[Look, list[Any], None], found: list[Any] | None) -> Begun | None:
+    """Send passes what they asked for; None at their end."""
+    try:
+        return Begun(passes, passes.send(found))  # type: ignore[arg-type]
+    except StopIteration:
+        return None
 
 
 class Options:

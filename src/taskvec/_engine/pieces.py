@@ -52,7 +52,7 @@ Statistic: TypeAlias = Callable[..., Generator[Look, list[Any], Any]]
 """`statistic(n, entries, **options)`: a generator of passes over n vectors of so many entries each.
 
 It is given the rule's options, and the values of earlier statistics, under the names of its further parameters; what it
-returns is the statistic. It is begun once more to learn whether it asks for any pass, so only its passes should cost.
+returns is the statistic.
 """
 
 

@@ -4,7 +4,7 @@ Every entry has a key: the bits of its magnitude, whose order is the order of th
 differs for all entries of a tensor and settles equal magnitudes, then the key of its tensor's name. A sample brackets
 the key that is wanted, one pass counts what lies above the bracket and collects what lies inside; the count makes it
 exact, whatever the sample said. Where too much is inside, or the key is not, the pass has narrowed down all the same
-where it lies, and more passes count what is in equal parts of that, until little enough is left to be collected.
+where it lies, and more passes count what is in parts of that, until little enough is left to be collected.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -289,6 +289,7 @@ def _counted(keys: Any, above: int, at: Place, bracket: "Bracket", *, entries: i
 
 
 def _packed(keys: Any) -> list[bytes]:
+    """Keys as small strings of bytes."""
     return [keys[i : i + PACKED].tobytes() for i in range(0, len(keys), PACKED)]
 
 
@@ -348,8 +349,8 @@ class Range(NamedTuple):
     def guess(self, sample: Any, rank: int) -> Bracket:
         """A bracket that very probably holds the key of a rank: one in two thousand misses, and costs some passes.
 
-        It is three and a half standard deviations of the key's place in a sorted sample wide, and eight, on both sides.
-        Its bins have the same number of keys of the sample each.
+        On both sides it reaches three and a half standard deviations of the key's place in a sorted sample, and eight
+        keys more. Its bins have the same number of keys of the sample each.
         """
         m, fraction = len(sample), rank / self.inside
         margin = 8 + 3.5 * (m * fraction * (1 - fraction)) ** 0.5
@@ -414,7 +415,7 @@ def _ranked(parts: Sequence[Inside], rank: int, bracket: Bracket, known: Range) 
     place = len(keys) - (rank - above)
     keys.partition(place)
     key = keys[place]
-    names = [p.name for p in parts for own in p.keys or () for _ in range(np.count_nonzero(_unpacked([own]) == key))]
+    names = [part.name for part in parts for _ in range(np.count_nonzero(_unpacked(part.keys or ()) == key))]
     return Found(int(key), above + int(np.count_nonzero(keys > key)), len(names), names, parts[0].wide)
 
 
