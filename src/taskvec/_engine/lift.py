@@ -78,8 +78,9 @@ class Ruled(Stack):
         self.known: dict[str, dict[Statistic, Any]] = {}
         self._begun: dict[str, Begun] = {}
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_begun": {}}  # another process begins its own
+        return super().__getstate__() | {"_begun": {}}  # another process begins its own
 
     @override
     def key(self) -> Any:
